@@ -1,0 +1,148 @@
+"""Questions, binary items and the two halves: step 1 of the method (setting: Burns et al. 2023, App. A).
+
+A question with k options becomes one binary item: one candidate is shown, the label says whether it is right.
+The training items are cut into
+
+    D_l   labelled   the labelled half, whose ground truth is used
+    D_u   transfer   the transfer half, whose ground truth nothing reads but the ceiling and the metrics
+
+in one of two protocols. paper: no class above 55 %, halves disjoint by group (one passage or one wording).
+openai: items and halves draw for draw as in the public code, so that published numbers can be compared; its
+halves are disjoint by question only.
+
+official.py reads SciQ, BoolQ and CosmosQA, jsonl.py a user's own file, world.py makes the demo.
+"""
+import random
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+YES_NO = ("no", "yes")
+NONE_OF_THE_ABOVE = "None of the above choices ."
+OFFICIAL = ("sciq", "boolq", "cosmosqa")
+DEMO = ("demo", "demo-sciq", "demo-boolq", "demo-cosmosqa")
+MIN_TRAIN, MIN_TEST = 20, 10
+
+
+class DataError(ValueError):
+    """What a user can get wrong about data; the message is one line: what is wrong, where, what to do."""
+
+
+class Question(NamedTuple):
+    id: str
+    group: str                  # questions of one group stay in one half
+    context: str                # the passage in the text, or "" (SciQ's support is not in the text)
+    question: str
+    options: tuple[str, ...]    # YES_NO in a yes/no question
+    answer: int                 # index of the right option
+
+
+class Item(NamedTuple):
+    id: str                     # "{question_id}/{option}"
+    question_id: str
+    text: str
+    option: int                 # index of the candidate shown; -1: yes/no, the question is the item
+    label: int                  # ground truth, 0 or 1
+
+
+class Task(NamedTuple):
+    name: str
+    train: list[Question]
+    test: list[Question]
+    sha256: str                 # of the file, or of the files, joined by "+"
+    source: str                 # origin and licence
+
+
+def prompt(question: Question) -> str:
+    """The question before any candidate, in the format of the public code; its structure says which."""
+    if question.options == YES_NO:                                              # BoolQ
+        return f"Passage: {question.context}\n" * bool(question.context) + f"Question: {question.question}"
+    if question.context:                                                        # CosmosQA
+        return f"Context: {question.context}\nQuestion: {question.question}\nAnswer:"
+    return f"Q: {question.question} A:"                                         # SciQ
+
+
+def completion(question: Question, option: int) -> str:
+    """What follows `prompt` if the answer is option number `option`."""
+    return ("\nAnswer: " if question.options == YES_NO else " ") + question.options[option]
+
+
+def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
+    """One binary item per question; same questions and seed, same items, in every process.
+
+    With probability 1/2 the right option, label 1, else a wrong one at random, label 0; a yes/no question is
+    itself the item, label = answer. Raises DataError if all labels are equal.
+    paper: a class above 55 % loses items at random until it is not; "None of the above" is any option [D7].
+    openai: unbalanced; "None of the above" is not shown where it is right; shuffled like the public code."""
+    assert protocol in ("paper", "openai"), protocol
+    rng, pool = random.Random(seed), []
+    for q in questions:         # one random() each, one choice() per negative: the public order of draws
+        option, label = -1, q.answer
+        if q.options != YES_NO:
+            right = q.options[q.answer]
+            never = protocol == "openai" and NONE_OF_THE_ABOVE in right         # draws no random()
+            label = 0 if never else int(rng.random() < 0.5)
+            # An option that repeats the right one's text is not wrong, but to the public code's SciQ it is.
+            repeats = protocol == "openai" and not q.context
+            wrong = [i for i, text in enumerate(q.options) if i != q.answer and (repeats or text != right)]
+            option = q.answer if label else rng.choice(wrong)
+        text = prompt(q) + (completion(q, option) if option >= 0 else "")
+        pool.append(Item(f"{q.id}/{option}", q.id, text, option, label))
+    if len({item.label for item in pool}) < 2:
+        raise DataError(f"these {len(pool)} items lack a label, 0 or 1; give more questions, of both answers")
+    if protocol == "openai":                                                    # Dataset.shuffle(seed)
+        return [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
+    small, large = sorted(([i for i, item in enumerate(pool) if item.label == y] for y in (0, 1)), key=len)
+    drop = set(rng.sample(large, max(0, len(large) - len(small) * 11 // 9)))    # 55 % : 45 % = 11 : 9
+    return [item for i, item in enumerate(pool) if i not in drop]
+
+
+def halves(items: list[Item], questions: list[Question], *, protocol: str, seed: int
+           ) -> tuple[list[Item], list[Item]]:
+    """(labelled, transfer) = D_l, D_u; `questions` holds the items' own. DataError if a half lacks a label.
+
+    paper: groups, largest first and at random among equals, go to the half that is smaller so far: the halves
+    differ by one item at most where there are enough groups of one. Items keep their order.
+    openai: train_test_split(0.5, seed); its "train" is labelled, its "test" (larger, if odd) is transfer."""
+    assert protocol in ("paper", "openai"), protocol
+    if protocol == "openai":
+        order = np.random.default_rng(seed).permutation(len(items))
+        n_transfer = (len(items) + 1) // 2
+        labelled, transfer = [items[i] for i in order[n_transfer:]], [items[i] for i in order[:n_transfer]]
+    else:
+        group = {q.id: q.group for q in questions}
+        sizes = Counter(group[item.question_id] for item in items)
+        names = sorted(sizes)
+        random.Random(f"halves {seed}").shuffle(names)
+        counts, side = [0, 0], {}
+        for name in sorted(names, key=sizes.get, reverse=True):                 # stable: random among equals
+            side[name] = int(counts[1] < counts[0])
+            counts[side[name]] += sizes[name]
+        labelled, transfer = ([i for i in items if side[group[i.question_id]] == s] for s in (0, 1))
+    assert not {i.question_id for i in labelled} & {i.question_id for i in transfer}
+    if any(len({i.label for i in half}) < 2 for half in (labelled, transfer)):
+        raise DataError(f"{len(items)} items do not make two halves with both labels in each; "
+                        "give more questions, in more groups")
+    return labelled, transfer
+
+
+def load_task(name: str, *, data_dir: str | None = None) -> Task:
+    """A task by name, or a user's own by a path that ends in .jsonl; raises DataError.
+
+    data_dir: where official files lie or are downloaded to; else $SELW2S_DATA, else ~/.cache/selw2s."""
+    from data import jsonl, official, world      # here, because they import this module
+    if name.endswith(".jsonl"):
+        task = jsonl.read(name)
+    elif name in OFFICIAL:
+        task = official.read(name, data_dir)
+    elif name in DEMO:
+        task = world.task("demo-sciq" if name == "demo" else name)
+    else:
+        raise DataError(f"unknown task {name!r}; known are {', '.join(DEMO + OFFICIAL)} and paths in .jsonl")
+    for split, questions, least in ("training", task.train, MIN_TRAIN), ("test", task.test, MIN_TEST):
+        if len(questions) < least:
+            raise DataError(f"{name}: {len(questions)} {split} question(s) are too few; give {least} or more")
+        if {(q.options, q.answer) for q in questions} in ({(YES_NO, 0)}, {(YES_NO, 1)}):
+            raise DataError(f"{name}: all {split} answers are {YES_NO[questions[0].answer]}; give yes and no")
+    return task

@@ -1,0 +1,98 @@
+"""A user's own task: UTF-8, one JSON object per line.
+
+    {"question": "...", "options": ["...", "..."], "answer": 1}
+    optional: "context": passage, "id": unique, "group": what stays in one half, "split": "train" or "test"
+
+"answer" is the index of the right option, from 0, or its text. Options yes and no, in any order or case, make
+a yes/no question. Without "group", questions on one context form a group, or, without a context, those of one
+wording. "split" stands on every line or on none; then the groups, in the order of their names' SHA-256, fill
+the test set until it has a fifth of the questions. Every error names file and line.
+"""
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from data import YES_NO, DataError, Question, Task
+from data.official import grouped, key
+
+TYPES = {"question": (str,), "options": (list,), "answer": (int, str), "context": (str,), "id": (str, int),
+         "group": (str, int), "split": (str,)}
+
+
+def _row(line: bytes) -> dict:
+    """The object on a line, its keys known and of the right types; raises ValueError."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise ValueError('not an object like {"question": "...", "options": ["...", "..."], "answer": 0}')
+    row = {name: value for name, value in row.items() if value is not None}
+    if missing := [name for name in ("question", "options", "answer") if name not in row]:
+        raise ValueError(f'"{missing[0]}" is missing')
+    for name, value in row.items():
+        if name not in TYPES:
+            raise ValueError(f"unknown key {name[:40]!r}; known are {', '.join(TYPES)}")
+        if not isinstance(value, TYPES[name]) or isinstance(value, bool):
+            kinds = " or ".join(kind.__name__ for kind in TYPES[name])
+            raise ValueError(f'"{name}" must be {kinds}, found {value!r:.40}')
+    if row.get("split", "train") not in ("train", "test"):
+        raise ValueError(f'"split" must be "train" or "test", found {row["split"][:40]!r}')
+    return row
+
+
+def _question(row: dict, name: str) -> Question:
+    """The question in a checked row, called `name` if it has no id; raises ValueError."""
+    options, answer = row["options"], row["answer"]
+    texts = [row["question"], *options]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError('"question" and every option must be a text that is not empty')
+    if len(options) < 2 or len(set(options)) < len(options):
+        raise ValueError(f"{len(options)} options, of which {len(set(options))} differ; give two or more")
+    if answer in options:
+        answer = options.index(answer)
+    if not isinstance(answer, int) or not 0 <= answer < len(options):
+        last = len(options) - 1
+        raise ValueError(f'"answer" {answer!r:.40} is neither an option nor an index from 0 to {last}')
+    if sorted(option.casefold() for option in options) == list(YES_NO):
+        answer, options = YES_NO.index(options[answer].casefold()), YES_NO
+    question = Question(str(row.get("id", name)), str(row.get("group", "")), row.get("context", "").strip(),
+                        row["question"], tuple(options), answer)
+    "".join((*texts, *question[:3])).encode()    # ValueError on half a surrogate pair, which JSON can spell
+    return question
+
+
+def read(path: str) -> Task:
+    """The task in a .jsonl file, in the file's order; raises DataError."""
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:       # ValueError: a zero byte in the path
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    rows, splits, lines = [], [], {}
+    for n, line in enumerate(content.splitlines(), 1):  # bytes: of str it also cuts at U+2028 in a JSON text
+        if not line.strip():
+            continue
+        try:
+            row = _row(line)
+            question = _question(row, f"line{n}")
+            if (before := lines.setdefault(question.id, n)) != n:
+                raise ValueError(f"id {question.id[:40]!r} is line {before}'s too; ids must differ")
+            splits.append(row.get("split"))
+            if (splits[-1] is None) != (splits[0] is None):
+                raise ValueError('"split" must stand on every line or on none')
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{n}: {error}") from None
+        tie = key("passage", question.context) if question.context else key("question", question.question)
+        rows.append((question, ["group " + question.group if question.group else tie]))
+    questions = grouped(rows)
+    if None in splits:
+        sizes, left, side = Counter(q.group for q in questions), len(questions) / 5, {}
+        for group in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+            side[group] = "test" if left > 0 else "train"
+            left -= sizes[group]
+        splits = [side[q.group] for q in questions]
+    train, test = ([q for q, s in zip(questions, splits) if s == part] for part in ("train", "test"))
+    return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}")

@@ -1,0 +1,807 @@
+"""Selective weak-to-strong generalization: the method, in the paper's order (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166).
+
+A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows, P(IK), takes
+the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Read from run(), one_seed() first.
+
+symbol      name here              shape           source
+D_l         labelled               n_l items       half with ground truth                     Burns et al. 2023, App. A
+D_u         transfer               n_u items       half whose truth only metrics and the ceiling read
+p_w         weak                   (N,)            weak supervisor's P(y = 1), soft           Burns et al. 2023
+            own                    (N,) 0/1        self-generated label                       paper, abstract
+P(IK)       p_ik                   (N,)            P(own answer is right | question)          Kadavath et al. 2022
+tau         tau                    float           own label iff P(IK) >= tau                 [D4]
+S, F        graph.py                               smoothing of the weak labels               Zhou et al. 2004
+PGR         pgr                    float           (student - weak) / (ceiling - weak)        Burns et al. 2023
+
+Shapes: N items (one per question), K options, R hidden-state layers read, C width. [D1]..[D12] mark choices that the paper
+leaves open: the README's table of decisions lists them all with their flags. Dtype float32 unless said; probes float64.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, field, fields
+
+METHOD_NAMES = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
+                "graph-only", "route-only", "selective", "trust", "chain", "oracle")
+DEFAULT_METHODS = ("weak", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only", "selective")
+EXAMPLES = """examples:
+  python selw2s.py --task demo                                        under a minute on two cores, nothing to download
+  python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
+  python selw2s.py --task sciq --weak openai-community/gpt2 --strong openai-community/gpt2-large --device cuda
+"""
+
+
+def number_or_auto(text: str):
+    """'auto', an int or a float: the value of --tau, --alpha, --k and --lr."""
+    return text if text == "auto" else float(text) if any(c in text for c in ".einf") else int(text)
+
+
+def option(default, help: str, **kwargs):
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; the flags of the command line are generated from it."""
+    task: str = option("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two models), "
+                               "sciq, boolq, cosmosqa, or FILE.jsonl")
+    weak: str = option("", "weak model: directory or hub id (the demo tasks bring their own)", metavar="MODEL")
+    strong: str = option("", "strong pretrained model: directory or hub id", metavar="MODEL")
+    methods: tuple = option(DEFAULT_METHODS, "all, or some of: " + " ".join(METHOD_NAMES), nargs="+", metavar="METHOD",
+                            choices=METHOD_NAMES + ("all",))
+    seeds: tuple = option((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
+    protocol: str = option("paper", "items, halves and head as in method.md, or draw for draw as OpenAI's code", choices=("paper", "openai"))
+    shots: int = option(0, "solved examples from D_l in front of each question the strong model answers [D2]")
+    own: str = option("sum", "self-generated answer by option likelihood: summed, per token, less the option's "
+                             "unconditional one, or by judging the shown candidate [D1]", choices=("sum", "mean", "pmi", "judge"))
+    target: str = option("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]", choices=("hard", "soft"))
+    tau: object = option("auto", "P(IK) from which the own label is used; auto: cross-fitted weak accuracy on D_l [D4]", metavar="X")
+    anchors: int = option(1, "1: routed own labels stand in Y while the others are smoothed, 0: weak labels only [D5]", choices=(0, 1))
+    alpha: object = option("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
+    k: object = option("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
+    gamma: float = option(3.0, "exponent of the affinity, max(0, cosine)^gamma")
+    tune: str = option("full", "what finetuning trains", choices=("full", "lora", "head"))
+    epochs: int = option(2, "passes over the training items")
+    batch: int = option(32, "items per update")
+    lr: object = option("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
+    limit: int = option(0, "use at most this many train and this many test questions (0: all)")
+    device: str = option("cpu", "cpu, cuda, cuda:1 ...")
+    dtype: str = option("float32", "dtype of the pretrained weights", choices=("float32", "bfloat16", "float16"))
+    data_dir: str = option("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
+    out: str = option("runs", "results and the stage cache go here", metavar="DIR")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Config from the command line; a wrong flag ends the program with one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="selw2s.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Selective weak-to-strong generalization: finetune a strong model on a weak model's labels, on its own\n"
+                    "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
+    for f in fields(Config):
+        spec = dict(f.metadata)
+        kind = {"int": int, "float": float, "object": number_or_auto}.get(f.type, str)
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        spec["help"] += f" (default: {'default set' if f.name == 'methods' else shown})" if shown not in ("", 0) else ""
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **{"type": kind, **spec})
+    parser._get_formatter = lambda: argparse.RawDescriptionHelpFormatter("selw2s.py", width=118, max_help_position=24)
+    values = vars(parser.parse_args(argv))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if "all" in values["methods"]:
+        values["methods"] = METHOD_NAMES
+    values["methods"] = tuple(m for m in METHOD_NAMES if m in values["methods"])
+    config = Config(**{**values, "task": "demo-sciq" if values["task"] == "demo" else values["task"]})
+    if not config.task.startswith("demo-") and not (config.weak and config.strong):
+        parser.error(f"--task {config.task} needs --weak MODEL and --strong MODEL (only the demo tasks bring their own)")
+    return config
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered before torch, seconds away, is imported
+    parse()
+
+import hashlib
+import inspect
+import json
+import os
+import time
+from itertools import takewhile
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import DataError, completion, halves, items, load_task, prompt
+from graph import affinity, knn, normalise, propagate
+from model import LoadError, TrainError, finetune, load, read
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------- P(IK)
+class Probe(NamedTuple):
+    """A linear probe: P(y = 1 | features) = sigmoid(features @ weight + bias). Fields in float64."""
+    weight: Tensor      # (C,)
+    bias: Tensor        # ()
+    l2: float           # penalty l2/2 |standardised weight|^2 beside the mean cross-entropy
+    held_out: Tensor    # (N,) out-of-fold probability of each training row (empty when l2 was given)
+    loss: float         # out-of-fold cross-entropy, nats (nan when l2 was given)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """features (N, C) -> (N,) probability, float64."""
+        return torch.sigmoid(features.double() @ self.weight + self.bias)
+
+
+def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> Tensor:
+    """argmin over w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, the last entry (bias) unpenalised; gradient norm <= tol.
+
+    x (N, C + 1) float64 with a last column of ones, y (N,) in [0, 1], w (C + 1,) start. Newton's method; each step by
+    conjugate gradients, so that a width of thousands costs matrix-vector products only. Raises if it does not converge."""
+    penalty = torch.full_like(w, l2)
+    penalty[-1] = 0
+
+    def loss(w):
+        return torch.nn.functional.binary_cross_entropy_with_logits(x @ w, y) + (penalty * w * w).sum() / 2
+
+    for _ in range(200):
+        p = torch.sigmoid(x @ w)
+        gradient = x.T @ (p - y) / len(y) + penalty * w
+        size = gradient.norm()
+        if size <= tol:
+            return w
+        curvature = p * (1 - p) / len(y)
+        step, r = torch.zeros_like(w), -gradient
+        direction, rr = r, r @ r
+        for _ in range(10 * len(w)):
+            product = x.T @ (curvature * (x @ direction)) + penalty * direction
+            scale = rr / (direction @ product)
+            step, r = step + scale * direction, r - scale * product
+            rr, previous = r @ r, rr
+            if rr.sqrt() <= min(0.1, float(size)) * size:
+                break
+            direction = r + (rr / previous) * direction
+        now, length = loss(w), 1.0
+        while loss(w + length * step) > now + 1e-12 * now.abs() and length > 1e-6:
+            length /= 2
+        w = w + length * step
+    raise ArithmeticError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
+
+
+def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold: Tensor | None = None) -> Probe:
+    """Linear probe by L2 logistic regression, solved to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
+
+    features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together (groups must not
+    straddle folds; default: five by position). l2=None: chosen by held-out cross-entropy. Features are standardised
+    inside; the returned weights apply to raw features."""
+    x, y = features.double(), target.double()
+    mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
+    x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (N, C + 1)
+    fold = torch.arange(len(x), device=x.device) % 5 if fold is None else fold.to(x.device)
+    best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
+    if l2 is None:
+        candidates, warm = {}, {int(f): start for f in fold.unique()}
+        for trial in (10.0, 1.0, 0.3, 0.1, 0.03, 0.01):     # from strong to weak: each fit starts from the one before
+            p = torch.empty_like(y)
+            for f, w in warm.items():
+                warm[f] = w = logistic(x[fold != f], y[fold != f], trial, w, tol=1e-5)
+                p[fold == f] = torch.sigmoid(x[fold == f] @ w)
+            candidates[trial] = (cross_entropy(p, y), p)
+        l2 = min(candidates, key=lambda trial: candidates[trial][0])
+        best, held_out = candidates[l2]
+    w = logistic(x, y, l2, start)
+    weight = w[:-1] / scale
+    return Probe(weight, w[-1] - weight @ mean, l2, held_out, best)
+
+
+# ------------------------------------------------------------------------------------------------------ route and smooth
+def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Tensor, Tensor]:
+    """The selection (paper, abstract): own label where P(IK) >= tau, weak label elsewhere [D4].
+
+    All (N,); tau a float or, for a per-item router, (N,). Returns (label (N,), is_self (N,) bool)."""
+    is_self = p_ik >= tau
+    return torch.where(is_self, self_label, weak_label), is_self
+
+
+def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) -> Tensor:
+    """Smoothed P(y = 1) of N items, (N,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of their hidden states.
+
+    features (N, C) hidden states at the item's last token, prior (N,) P(y = 1). alpha = 0 returns prior itself."""
+    if alpha == 0:
+        return prior
+    return smoothed(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
+
+
+def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k nearest by cosine of the centred features: one common direction dominates raw hidden states (peers' lesson)."""
+    x = features.float()
+    return knn(x - x.mean(0), min(k, len(x) - 1))
+
+
+def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
+    """{(alpha, k): (N,)} from one neighbour list: the k nearest are the first k columns."""
+    index, similarity = graph
+    Y = torch.stack([1 - prior, prior], 1)                                  # (N, 2)
+    out = {}
+    for k in ks:
+        S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
+        for alpha in alphas:
+            result = propagate(S, Y, alpha)
+            if result.residual > 1e-5:
+                raise ArithmeticError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
+            out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float()
+    return out
+
+
+class Smoothing(NamedTuple):
+    """What was chosen on D_l: layer (column of the hidden states read), alpha, k; label accuracy there before and after."""
+    layer: int
+    alpha: float
+    k: int
+    before: float
+    after: float
+
+
+def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, config: Config) -> Smoothing:
+    """alpha, k and layer that make the labels of the given rows of D_l most accurate; alpha = 0 unless one does [D6].
+
+    features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that would be
+    smoothed. A candidate must beat no smoothing by one standard error of the paired difference, or smoothing stays off:
+    the best of many noisy candidates looks better than it is."""
+    alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
+    ks = tuple(k for k in ((5, 10, 20, 50) if config.k == "auto" else (config.k,)) if k < len(prior)) or (len(prior) - 1,)
+    right = ((prior > 0.5) == (truth > 0.5))[rows].double()
+    best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
+    if alphas == (0.0,) or not rows.any():
+        return best
+    best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is used whatever it does
+    for layer in range(features.shape[1]):
+        for (alpha, k), p in smoothed(neighbours(features[:, layer], max(ks)), prior, alphas, ks, config.gamma).items():
+            gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
+            bar = gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
+            if gain.mean() > bar and right.mean() + gain.mean() > best.after:
+                best = Smoothing(layer, alpha, k, float(right.mean()), float((right + gain).mean()))
+    return best
+
+
+# ------------------------------------------------------------------------------------------------- targets of the losses
+def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
+    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t such that as many of the batch are positive
+    as the weak labels say; a grows linearly to a_max over the first fifth of training and stays there, with no jump."""
+    a = a_max * min(1.0, fraction / ramp)
+    positives = int(round(float(w.mean()) * len(w)))
+    hard = torch.zeros_like(w)
+    hard[p.argsort(descending=True, stable=True)[:positives]] = 1
+    return (1 - a) * w + a * hard
+
+
+def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
+    """Target proportional to student times weak probability, renormalised (Lang et al. 2025, arXiv 2501.13124)."""
+    yes, no = p * w, (1 - p) * (1 - w)
+    return yes / (yes + no).clamp_min(1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+def accuracy(p: Tensor, y: Tensor) -> float:
+    """Share of items with (p > 1/2) = y; p (N,) probability, y (N,) 0/1."""
+    return float(((p > 0.5) == (y > 0.5)).double().mean())
+
+
+def cross_entropy(p: Tensor, y: Tensor) -> float:
+    """Mean cross-entropy in nats of p (N,) against y (N,) in [0, 1]; p is kept 1e-12 away from 0 and 1."""
+    p = p.double().clamp(1e-12, 1 - 1e-12)
+    return float(-(y * p.log() + (1 - y) * (1 - p).log()).mean())
+
+
+def pgr(weak: float, student: float, ceiling: float) -> float | None:
+    """Performance gap recovered, (student - weak) / (ceiling - weak); None where the ceiling is not above the weak model."""
+    return (student - weak) / (ceiling - weak) if ceiling > weak else None
+
+
+def auroc(p: Tensor, y: Tensor) -> float | None:
+    """P(p of a positive > p of a negative), ties count half (average ranks); None with one class only."""
+    y = (y > 0.5).double()
+    _, which, count = p.double().unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count - 1) / 2.0)[which]                     # (N,) average rank, from 1
+    n1 = float(y.sum())
+    n0 = len(y) - n1
+    return float((rank * y).sum() - n1 * (n1 + 1) / 2) / (n1 * n0) if n1 and n0 else None
+
+
+def brier(p: Tensor, y: Tensor) -> float:
+    """Mean squared difference of p (N,) and y (N,)."""
+    return float(((p - y).double() ** 2).mean())
+
+
+def reliability(p: Tensor, y: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean p, mean y, count) of equal-count bins in increasing p: the reliability diagram."""
+    order = p.argsort(stable=True)
+    return [(float(p[b].double().mean()), float(y[b].double().mean()), len(b)) for b in order.tensor_split(bins) if len(b)]
+
+
+def ece(p: Tensor, y: Tensor, bins: int = 10) -> float:
+    """Expected calibration error over equal-count bins: sum of n_b/N |mean p - mean y|."""
+    return sum(n * abs(mean_p - mean_y) for mean_p, mean_y, n in reliability(p, y, bins)) / len(p)
+
+
+def bootstrap(right: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Paired bootstrap over test items and seeds: right (methods, seeds, N) 0/1 -> (draws, methods) mean accuracies.
+
+    Every draw resamples items once for all methods and seeds, and seeds once for all methods, so differences of columns
+    are differences on the same items."""
+    rng = np.random.default_rng(seed)
+    methods, seeds, n = right.shape
+    out = np.empty((draws, methods))
+    for i in range(draws):
+        weight = np.bincount(rng.integers(n, size=n), minlength=n) / n
+        out[i] = (right @ weight)[:, rng.integers(seeds, size=seeds)].mean(1)
+    return out
+
+
+def sign_flip(differences: list[float]) -> float:
+    """Two-sided exact sign-flip p-value of per-seed differences; with S seeds it cannot go below 2 / 2^S."""
+    d = np.asarray(differences)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * len(d))).reshape(len(d), -1)
+    return float((np.abs(signs.T @ d) >= abs(d.sum()) - 1e-12).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------ the stages
+def digest(*parts) -> str:
+    """SHA-256 of the content of all parts: tensors by their bytes, functions by their source, the rest by repr."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous()
+            h.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.view(torch.uint8).numpy().tobytes())
+        else:
+            h.update((inspect.getsource(part) if callable(part) else repr(part)).encode() + b"\0")
+    return h.hexdigest()
+
+
+class Stages:
+    """Finished stages on disk: <out>/cache/<stage>-<sha256 of all that the stage depends on>.safetensors.
+
+    The inputs themselves are hashed (token ids, targets, numbers, checkpoint, source of model.py), so a file can never be
+    stale, and equal work is done once, whichever method, seed or run asks for it."""
+
+    def __init__(self, directory: Path, tell: Callable[[str], None]):
+        self.directory, self.tell, self.log = directory, tell, []
+        self.source = digest(*(HERE.joinpath(name).read_text() for name in ("model.py",)), torch.__version__,
+                             torch.get_num_threads())
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, depends: tuple, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self.directory / f"{name}-{digest(name, self.source, *depends)}.safetensors"
+        if path.exists():
+            try:
+                tensors = load_file(path)
+                record = json.loads(bytes(tensors.pop("record").tolist()))
+                if record.pop("sha256") != digest(*(tensors[key] for key in sorted(tensors))):
+                    raise SafetensorError("its checksum differs")
+                self.log.append({"name": name, "cached": True, **record})
+                return tensors
+            except (SafetensorError, KeyError, ValueError) as error:
+                self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
+        start = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        tensors = {key: value.contiguous() for key, value in compute().items()}
+        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb()}
+        self.log.append({"name": name, "cached": False, **record})
+        record["sha256"] = digest(*(tensors[key] for key in sorted(tensors)))
+        blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({**tensors, "record": blob}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return tensors
+
+
+def peak_gb() -> float:
+    """Peak memory so far in GB: of the GPU where there is one (since the stage began), else of this process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+class Side(NamedTuple):
+    """One of the two models: network, tokenizer, SHA-256 of its files, learning rate."""
+    model: object
+    tokenizer: object
+    sha256: str
+    lr: float
+
+
+def open_side(source: str, config: Config) -> Side:
+    """Load a checkpoint. Learning rate auto: Burns' 1e-5 from a billion parameters on, 5e-5 below, 5e-4 below 50M [D9]."""
+    model, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
+    size = sum(p.numel() for p in model.params.values())
+    auto = 1e-5 if size >= 1e9 else 5e-5 if size >= 5e7 else 5e-4
+    return Side(model, tokenizer, model.sha256, auto if config.lr == "auto" else float(config.lr))
+
+
+def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Config, seed: int, stages: Stages,
+            target_fn=None) -> dict[str, Tensor]:
+    """Finetune the side's pretrained model on (sequences, targets (n,)); {"p": P(y = 1) (len(ask),), "weights": hash}."""
+    settings = dict(lr=side.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune)
+
+    def compute():
+        student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name), **settings)
+        weights = digest(*(t for _, t in sorted(student.state().items())))
+        return {"p": student.predict(ask), "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
+    return stages(name, (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask), compute)
+
+
+def counter(name: str):
+    """Progress on stderr, on a terminal only, at most twice a second."""
+    shown = [0.0]
+
+    def show(step, steps, loss):
+        if sys.stderr.isatty() and (time.monotonic() - shown[0] > 0.5 or step == steps):
+            shown[0] = time.monotonic()
+            print(f"\r{name} {step}/{steps}" if step < steps else "\r\033[K", end="", file=sys.stderr, flush=True)
+    return show
+
+
+def cut(tokenizer, prompts: list[str], completions: list[list[str]]):
+    """Token ids of prompts (N) and of completions (N x K), cut where prompt + completion stops being the prompt.
+
+    The whole text is tokenised, then cut: a tokenizer may merge across the seam, and then the merged token counts to
+    the completion, in all completions of that question alike."""
+    alone = tokenizer.encode(prompts)
+    whole = iter(tokenizer.encode([p + c for p, cs in zip(prompts, completions) for c in cs]))
+    heads, tails = [], []
+    for ids, cs in zip(alone, completions):
+        texts = [next(whole) for _ in cs]
+        n = min(sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(ids, text))) for text in texts)
+        n = min(n, min(map(len, texts)) - 1)
+        heads.append(texts[0][:n])
+        tails.append([text[n:] for text in texts])
+    return heads, tails
+
+
+class Elicited(NamedTuple):
+    """What one forward pass of the pretrained strong model over N items' questions says (step 3)."""
+    belief: Tensor      # (N, K) own probability of each option (judge: of the labels 0 and 1)
+    own: Tensor         # (N,) self-generated label of the item shown, 0/1
+    prompt: Tensor      # (N, R, C) hidden states at the question prompt's last token, before any candidate
+    item: Tensor        # (N, R, C) hidden states at the item's last token
+
+
+JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"      # after Burns et al., Table 2
+
+
+def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages) -> Elicited:
+    """Self-generated labels [D1, D2]: the option with the largest log-likelihood given the question is the own answer;
+    the own label of an item is 1 if the candidate it shows is that answer. Zero- or k-shot."""
+    layers = tuple(dict.fromkeys((strong.model.config.layers // 2, 3 * strong.model.config.layers // 4, None)))
+
+    def ask(name, prompts, completions, pick):
+        heads, tails = cut(strong.tokenizer, prompts, completions)
+        longest = max(len(h) + max(map(len, t)) for h, t in zip(heads, tails))
+        if longest > strong.model.config.context:
+            raise DataError(f"a prompt of {longest} tokens is over the strong model's {strong.model.config.context}: "
+                            f"use fewer --shots or shorter questions")
+        return stages(name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
+                      lambda: read(strong.model, heads, tails, pick, layers=layers)._asdict())
+
+    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in shots)
+    completions = [[completion(q, i) for i in range(len(q.options))] for q in questions]
+    pick = [row.option for row in rows]
+    reading = ask("read-strong", [before + prompt(q) for q in questions], completions, pick)
+    score = reading["loglik"]                                               # (N, K)
+    if config.own == "mean":
+        score = score / reading["option_tokens"].clamp_min(1)
+    elif config.own == "pmi":
+        last = [prompt(q).split()[-1] for q in questions]                   # "A:", "Answer:": nothing of the question
+        score = score - ask("read-unconditional", last, completions, [-1] * len(rows))["loglik"].nan_to_num(neginf=0.0)
+    elif config.own == "judge":
+        score = ask("read-judge", [before + row.text + JUDGE for row in rows], [[" 0", " 1"]] * len(rows),
+                    [-1] * len(rows))["loglik"]
+    belief = score.softmax(1)
+    shown = torch.tensor([1 if config.own == "judge" or i < 0 else i for i in pick])
+    return Elicited(belief, (belief.argmax(1) == shown).float(), reading["prompt"], reading["item"])
+
+
+# ---------------------------------------------------------------------------------------------------------- the pipeline
+def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> dict:
+    """The method for one seed, steps 1 to 7: arrays of every label source and every method's probabilities."""
+    question = {q.id: q for q in task.train + task.test}
+
+    # 1. Split and format
+    pool = items(task.train, protocol=config.protocol, seed=seed)
+    labelled, transfer = halves(pool, task.train, protocol=config.protocol, seed=seed)
+    test = items(task.test, protocol=config.protocol, seed=seed if config.protocol == "openai" else 0)
+    rows = labelled + transfer + test
+    n_l, n_u = len(labelled), len(transfer)
+    L, U, later = slice(0, n_l), slice(n_l, n_l + n_u), slice(n_l, None)    # later: D_u, then test
+    truth_l = torch.tensor([float(item.label) for item in labelled])
+    texts = [row.text for row in rows]
+    tell(f"1 split    {n_l:,} labelled, {n_u:,} transfer, {len(test):,} test items   e.g. {texts[0]!r:.70} -> {labelled[0].label}")
+
+    # 2. Weak supervisor: soft labels on D_u; cross-fitted on D_l, the only view of its errors that owns ground truth
+    ids = weak.tokenizer.encode(texts)
+    weak_out = trained("weak", weak, ids[L], truth_l, ids[later], config, seed, stages)
+    cross = torch.empty(n_l)
+    position = {item.id: i for i, item in enumerate(labelled)}
+    folds = [[position[item.id] for item in half] for half in halves(labelled, task.train, protocol="paper", seed=seed)]
+    for i, (fit, ask) in enumerate((folds, folds[::-1])):
+        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth_l[fit], [ids[j] for j in ask], config, seed,
+                             stages)["p"]
+    p_w = weak_out["p"][:n_u]
+    tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth_l):.3f}")
+
+    # 3. Self-generated labels of the pretrained strong model
+    ids = strong.tokenizer.encode(texts)
+    rng = np.random.default_rng(seed)
+    shots = [question[labelled[i].question_id] for i in rng.choice(n_l, config.shots, replace=False)]
+    asked = [question[row.question_id] for row in rows]
+    told = elicit(config, strong, rows, asked, shots, stages)
+    judged = config.own == "judge"
+    gold = torch.tensor([row.label if judged else q.answer for row, q in zip(labelled, asked)])     # D_l only
+    knows = told.belief[L].argmax(1) == gold                                # (n_l,) own answer right
+    tell(f"3 own      strong model's own answers right on {knows.double().mean():.3f} of D_l's questions "
+         f"(1 pass over {len(rows):,} questions)")
+
+    # 4. P(IK): linear probe on the hidden state before any candidate, trained on D_l; layer and L2 by cross-validation
+    target = knows.double() if config.target == "hard" else told.belief[L].gather(1, gold[:, None])[:, 0]   # [D3]
+    group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
+    fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
+    usable = torch.tensor([q not in shots for q in asked[:n_l]])            # a shot's answer stood in its own prompt
+    probes = [fit_probe(told.prompt[L, r][usable], target[usable], fold=fold[usable]) for r in range(told.prompt.shape[1])]
+    layer = min(range(len(probes)), key=lambda r: probes[r].loss)
+    p_ik = probes[layer].predict(told.prompt[:, layer]).float()
+    p_ik_l = p_ik[L].clone()
+    p_ik_l[usable] = probes[layer].held_out.float()                         # honest on D_l: out of fold
+    tell(f"4 P(IK)    AUROC on D_l, held out, {auroc(p_ik_l[usable], knows[usable]) or float('nan'):.3f} "
+         f"(layer read {layer + 1} of {len(probes)}, l2 {probes[layer].l2:g})")
+
+    # 5. Route: own label where P(IK) >= tau
+    tau = accuracy(cross, truth_l) if config.tau == "auto" else float(config.tau)                   # [D4]
+    own = told.own
+    routed, is_self = route(p_ik[U], own[U], p_w, tau)
+    routed_l, is_self_l = route(p_ik_l, own[L], cross, tau)
+    tell(f"5 route    tau {tau:.3f}: own label on {is_self.double().mean():.3f} of D_u")
+
+    # 6. Smooth the weak labels over the graph of D_u; alpha, k and layer chosen on D_l with the cross-fitted labels [D6]
+    everything = torch.ones(n_l, dtype=torch.bool)
+    plain = choose_smoothing(told.item[L], cross, truth_l, everything, config)
+    chosen = choose_smoothing(told.item[L], routed_l if config.anchors else cross, truth_l, ~is_self_l, config)
+    smoothed_weak = smooth(told.item[U, plain.layer], p_w, plain.alpha, plain.k, config.gamma)
+    refined = smooth(told.item[U, chosen.layer], routed if config.anchors else p_w, chosen.alpha, chosen.k, config.gamma)  # [D5]
+    selective = torch.where(is_self, own[U], refined)
+    tell(f"6 smooth   alpha {chosen.alpha:g}, k {chosen.k}: accuracy of D_l's unrouted labels {chosen.before:.3f} -> "
+         f"{chosen.after:.3f}" + ("" if chosen.alpha else " (smoothing off: nothing helped)"))
+
+    # 7. Students: the pretrained strong model finetuned on each set of labels
+    def trust():
+        probe = fit_probe(told.item[L, -1], ((cross > 0.5) == (truth_l > 0.5)).double(), fold=fold)
+        return route(p_ik[U], own[U], p_w, probe.predict(told.item[U, -1]))[0]
+
+    def confident():                                                        # the surer half of each predicted class [D10]
+        sure = (p_w - 0.5).abs()
+        keep = [side[sure[side].argsort(descending=True, stable=True)[:(len(side) + 1) // 2]]
+                for side in ((p_w > 0.5).nonzero()[:, 0], (p_w <= 0.5).nonzero()[:, 0])]
+        return torch.cat(keep).sort().values
+
+    def hidden_truth():                                                     # ceiling, oracle and metrics only
+        return torch.tensor([float(item.label) for item in transfer])
+
+    on_transfer = torch.arange(n_l, n_l + n_u)
+    recipes = {     # name: (training rows, targets, rule that turns student and weak probability into the target)
+        "ceiling": lambda: (on_transfer, hidden_truth(), None),
+        "naive": lambda: (on_transfer, p_w, None),
+        "logconf": lambda: (on_transfer, p_w, log_confidence),
+        "product": lambda: (on_transfer, p_w, product),
+        "confidence-only": lambda: (n_l + confident(), p_w[confident()], None),
+        "self-only": lambda: (on_transfer, own[U], None),                   # tau = 0
+        "strong-on-D_l": lambda: (torch.arange(n_l), truth_l, None),
+        "graph-only": lambda: (on_transfer, smoothed_weak, None),           # tau > 1
+        "route-only": lambda: (on_transfer, routed, None),                  # alpha = 0
+        "selective": lambda: (on_transfer, selective, None),
+        "trust": lambda: (on_transfer, trust(), None),
+        "chain": lambda: (on_transfer, student("naive")[:n_u], None),       # weak -> student -> student
+        "oracle": lambda: (on_transfer, torch.where(own[U] == hidden_truth(), own[U], refined), None),
+    }
+    weights, labels = {}, {}
+
+    def student(name):
+        where, labels[name], rule = recipes[name]()
+        out = trained(name, strong, [ids[i] for i in where], labels[name], ids[later], config, seed, stages, rule)
+        weights[name] = bytes(out["weights"].tolist()).hex()
+        return out["p"]
+
+    p = {"weak": weak_out["p"]}
+    weights["weak"] = bytes(weak_out["weights"].tolist()).hex()
+    for name in config.methods:
+        if name != "weak":
+            p[name] = student(name)
+            tell(f"7 student  {name}")
+    index, _ = neighbours(told.item[U, plain.layer], 10)
+    homophily = float((hidden_truth()[index] == hidden_truth()[:, None]).double().mean())
+    answers = torch.tensor([row.label if judged else q.answer for row, q in zip(rows, asked)])[later]   # metrics only
+    own_right = (told.belief[later].argmax(1) == answers).float().numpy()
+    sources = {"weak": p_w, "own": own[U], "p_ik": p_ik[U], "is_self": is_self.float(), "smoothed": refined,
+               "smoothed_weak": smoothed_weak}
+    return {"seed": seed, "tau": tau, "layer": layer, "l2": probes[layer].l2, "smoothing": chosen._asdict(),
+            "smoothing_graph_only": plain._asdict(), "homophily": homophily, "weights": weights, "n": {"labelled": n_l, "transfer": n_u, "test": len(test)},
+            "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
+            "transfer": {"id": np.array([i.id for i in transfer]), "truth": hidden_truth().numpy(), "own_right": own_right[:n_u],
+                         **{f"source/{k}": v.numpy() for k, v in sources.items()},
+                         **{f"label/{k}": v.numpy() for k, v in labels.items() if len(v) == n_u and k != "strong-on-D_l"},
+                         **{f"p/{k}": v[:n_u].numpy() for k, v in p.items()}},
+            "test": {"id": np.array([i.id for i in test]), "truth": np.array([float(i.label) for i in test]),
+                     "own": own[n_l + n_u:].numpy(), "p_ik": p_ik[n_l + n_u:].numpy(),
+                     "own_right": own_right[n_u:],
+                     **{f"p/{k}": v[n_u:].numpy() for k, v in p.items()}}}
+
+
+# -------------------------------------------------------------------------------------------------------------- 8. Report
+def diagnose(run: dict, methods) -> dict:
+    """Everything said about one seed beside the accuracies; recomputable from items.npz alone."""
+    u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k != "id"} for part in ("transfer", "test"))
+    routed = u["source/is_self"] > 0.5
+    parts = {"all": torch.ones_like(routed), "routed": routed, "unrouted": ~routed}
+    out = {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": {}, "p_ik": {},
+           "methods": {}, "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
+    for key in [k for k in u if k.split("/")[0] in ("source", "label") and k not in ("source/p_ik", "source/is_self")]:
+        out["label_accuracy"][key.split("/")[1] if key[0] == "s" else key] = {
+            part: accuracy(u[key][rows], u["truth"][rows]) if rows.any() else None for part, rows in parts.items()}
+    for name, p, right in (("transfer", u["source/p_ik"], u["own_right"]), ("test", t["p_ik"], t["own_right"])):
+        order = p.argsort(descending=True, stable=True)
+        risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
+        marks = [max(1, len(p) * i // 20) for i in range(1, 21)]
+        out["p_ik"][name] = {"own_right": float(right.double().mean()), "auroc": auroc(p, right), "brier": brier(p, right),
+                             "ece": ece(p, right), "reliability": reliability(p, right),
+                             "risk_coverage": [(m / len(p), float(risk[m - 1])) for m in marks]}
+    y, weak = t["truth"].double(), t["p/weak"].double()
+    for name in methods:
+        s = t[f"p/{name}"].double()
+        gain, misfit = ((weak - y) ** 2 - (s - y) ** 2).mean(), ((s - weak) ** 2).mean()
+        assert abs(gain - misfit - 2 * ((weak - s) * (s - y)).mean()) < 1e-6        # identity, any s: arXiv 2405.15116
+        wrong, sure = (s > 0.5) != (y > 0.5), (s - 0.5).abs() >= 0.25
+        imitates = ((weak > 0.5) == (s > 0.5)) & ((weak - 0.5).abs() >= 0.25)
+        row = {"ece": ece(s, y), "brier": brier(s, y), "gain": float(gain), "misfit": float(misfit),
+               "confident_wrong_that_imitate_weak": ratio(wrong & sure & imitates, wrong & sure)}
+        if "ceiling" in methods:
+            known = ((t["p/ceiling"] > 0.5) == (y > 0.5)) & ((t["p/ceiling"] - 0.5).abs() >= 0.25)
+            doubtful = (weak - 0.5).abs() < 0.25
+            row["known"] = {f"{a}-strong {b}-weak": {"n": int((rows_a & rows_b).sum()), "accuracy": ratio(~wrong & rows_a & rows_b, rows_a & rows_b)}
+                            for a, rows_a in (("known", known), ("unknown", ~known))
+                            for b, rows_b in (("known", ~doubtful), ("unknown", doubtful))}
+            row["errors_strong_knew"] = ratio(wrong & known, wrong)
+            row["blind"] = ratio(wrong & known & doubtful, wrong & ((t["p/ceiling"] > 0.5) == (y > 0.5)))
+        out["methods"][name] = row
+    return out
+
+
+def ratio(part: Tensor, whole: Tensor) -> float | None:
+    return float(part.sum() / whole.sum()) if whole.any() else None
+
+
+def summarise(runs: list[dict], methods) -> dict:
+    """Accuracy, PGR and difference to naive of every method with 95 % intervals: paired bootstrap over items and seeds."""
+    right = np.array([[(r["test"][f"p/{m}"] > 0.5) == (r["test"]["truth"] > 0.5) for r in runs] for m in methods], float)
+    draws, mean, per_seed = bootstrap(right), right.mean((1, 2)), right.mean(2)
+    at = {m: i for i, m in enumerate(methods)}
+    interval = lambda x: [float(q) for q in np.percentile(x, [2.5, 97.5])]      # noqa: E731
+    out, gap = {}, None
+    if "weak" in at and "ceiling" in at:
+        gap = draws[:, at["ceiling"]] - draws[:, at["weak"]]
+        defined = mean[at["ceiling"]] - mean[at["weak"]] > 2 * gap.std()
+    for m, i in at.items():
+        n = runs[0]["n"]
+        row = {"accuracy": float(mean[i]), "ci95": interval(draws[:, i]), "per_seed": per_seed[i].tolist(),
+               "ground_truth_labels": runs[0]["truth_used"].get(m, n["labelled"]), "pgr": None, "pgr_ci95": None,
+               "attainable": m != "oracle", "weights": [r["weights"][m] for r in runs]}
+        labels = [accuracy(*map(torch.as_tensor, (r["transfer"][f"label/{m}"], r["transfer"]["truth"])))
+                  for r in runs if f"label/{m}" in r["transfer"]]
+        row["label_accuracy"] = float(np.mean(labels)) if labels else None
+        if gap is not None and defined and m not in ("weak", "ceiling"):
+            row["pgr"] = pgr(mean[at["weak"]], mean[i], mean[at["ceiling"]])
+            row["pgr_ci95"] = interval((draws[:, i] - draws[:, at["weak"]]) / np.where(gap > 0, gap, np.nan)) if (gap > 0).all() \
+                else None
+        if "naive" in at and m != "naive":
+            difference = per_seed[i] - per_seed[at["naive"]]
+            row["minus_naive"] = {"mean": float(difference.mean()), "ci95": interval(draws[:, i] - draws[:, at["naive"]]),
+                                  "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
+        out[m] = row
+    prior = float(np.mean(runs[0]["test"]["truth"]))
+    return {"methods": out, "class_prior": prior, "majority": max(prior, 1 - prior), "test_items": right.shape[2],
+            "pgr_defined": None if gap is None else bool(defined),
+            "gap": None if gap is None else {"mean": float(mean[at["ceiling"]] - mean[at["weak"]]), "se": float(gap.std())}}
+
+
+def table(metrics: dict) -> str:
+    """The final table, one row per method."""
+    span = lambda ci, scale=1: f"[{ci[0] * scale:.3f}, {ci[1] * scale:.3f}]" if ci else "-"     # noqa: E731
+    lines = [f"{'method':16}{'accuracy':>9}  {'95 % interval':16} {'PGR':>6}  {'95 % interval':17}"
+             f"{'- naive':>8}  {'95 % interval':17}{'labels right':>13}{'truth used':>11}"]
+    for name, r in metrics["methods"].items():
+        d = r.get("minus_naive")
+        lines.append(f"{name + ('' if r['attainable'] else ' *'):16}{r['accuracy']:9.3f}  {span(r['ci95']):16} "
+                     f"{'-' if r['pgr'] is None else format(r['pgr'], '.2f'):>6}  {span(r['pgr_ci95']):17}"
+                     f"{format(d['mean'], '+.3f') if d else '-':>8}  {span(d['ci95']) if d else '-':17}"
+                     f"{'-' if r['label_accuracy'] is None else format(r['label_accuracy'], '.3f'):>13}{r['ground_truth_labels']:>11,}")
+    lines.append(f"test: {metrics['test_items']:,} items, majority class {metrics['majority']:.3f}; intervals: paired bootstrap over "
+                 "items and seeds" + ("; * needs the hidden truth: an upper bound" if "oracle" in metrics["methods"] else ""))
+    if metrics["pgr_defined"] is False:
+        gap = metrics["gap"]
+        lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, under 2 standard errors ({gap['se']:.3f})")
+    return "\n".join(lines)
+
+
+def run(config: Config) -> dict:
+    """The whole method for every seed; writes <out>/<task>/<run id>/{items.npz, result.json} and returns the result."""
+    start = time.perf_counter()
+
+    def tell(line: str):
+        print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
+    if config.device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    print("config    " + " ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
+    task = load_task(config.task, data_dir=config.data_dir or None)
+    if config.limit:
+        task = task._replace(train=task.train[:config.limit], test=task.test[:config.limit])
+    demo = config.task.startswith("demo-")
+    weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
+    strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
+    tell(f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions" +
+         (" (synthetic world, see data/world.py)" if demo else ""))
+    stages = Stages(Path(config.out) / "cache", tell)
+    runs = []
+    for seed in config.seeds:
+        runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
+    metrics = summarise(runs, config.methods)
+    sources = {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest()
+               for f in sorted([HERE / "selw2s.py", HERE / "model.py", HERE / "graph.py", *HERE.glob("data/*.py")])}
+    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "data_dir")}
+    run_id = digest(identity, task.sha256, weak.sha256, strong.sha256, sources)[:12]
+    folder = Path(config.out) / config.task.replace(os.sep, "_") / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "schema": 1, "command": "python selw2s.py " + " ".join(sys.argv[1:]), "config": asdict(config),
+        "code": sources, "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test)},
+        "models": {"weak": weak.sha256, "strong": strong.sha256, "lr": {"weak": weak.lr, "strong": strong.lr}},
+        "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "device": config.device,
+                "gpu": torch.cuda.get_device_name() if config.device.startswith("cuda") else None,
+                "threads": torch.get_num_threads()},
+        "stages": stages.log, "seconds": round(time.perf_counter() - start, 2), "metrics": metrics,
+        "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")} | {"diagnostics": diagnose(r, config.methods)}
+                  for r in runs],
+        "finished": True}
+    arrays = {f"seed{r['seed']}/{part}/{k}": v for r in runs for part in ("transfer", "test") for k, v in r[part].items()}
+    for name, write in (("items.npz", lambda f: np.savez_compressed(f, **arrays)),
+                        ("result.json", lambda f: f.write(json.dumps(result, indent=1, allow_nan=False).encode()))):
+        temporary = folder / f".{name}.{os.getpid()}"
+        with open(temporary, "wb") as f:
+            write(f)
+        os.replace(temporary, folder / name)
+    print("\n" + table(metrics) + f"\n\nwritten   {folder / 'result.json'}\n          {folder / 'items.npz'}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
+    try:
+        run(parse(argv))
+        return 0
+    except (LoadError, DataError, TrainError) as error:
+        print(f"selw2s: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nselw2s: interrupted; finished stages are kept: start the same command again", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""selw2s.py's pure parts against hand-computed examples, brute force and scikit-learn. Run: pytest tests/test_method.py (10 s)."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import selw2s as s
+
+
+def close(a, b, tol=1e-12):
+    assert abs(a - b) <= tol, (a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------- metrics
+def test_accuracy_pgr_brier():
+    p, y = torch.tensor([0.9, 0.2, 0.6, 0.5]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    close(s.accuracy(p, y), 0.5)                        # 0.5 is not above 1/2: counts as "no"
+    close(s.brier(torch.tensor([0.5, 1.0]).double(), torch.tensor([1.0, 1.0])), 0.125)
+    close(s.pgr(0.6, 0.7, 0.8), 0.5, 1e-9)
+    assert s.pgr(0.8, 0.9, 0.8) is None and s.pgr(0.8, 0.9, 0.7) is None
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    p = torch.tensor(rng.integers(0, 7, 101) / 7.0)     # many ties
+    y = torch.tensor(rng.integers(0, 2, 101).astype(float))
+    pairs = [(a > b) + 0.5 * (a == b) for a in p[y == 1].tolist() for b in p[y == 0].tolist()]
+    close(s.auroc(p, y), float(np.mean(pairs)), 1e-12)
+    assert s.auroc(p, torch.ones(101)) is None
+
+
+def test_ece_bins_hold_equal_counts():
+    p = torch.tensor([0.1, 0.1, 0.2, 0.9, 0.9, 0.8], dtype=torch.float64)
+    y = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0]).double()
+    # two bins of three: mean p 0.4/3 against 1/3, 2.6/3 against 2/3
+    close(s.ece(p, y, bins=2), 0.5 * abs(0.4 / 3 - 1 / 3) + 0.5 * abs(2.6 / 3 - 2 / 3))
+    assert [n for *_, n in s.reliability(torch.rand(103), torch.ones(103))] == [11, 11, 11] + [10] * 7
+
+
+def test_sign_flip_enumerates_and_cannot_go_below_its_floor():
+    close(s.sign_flip([1.0, 1.0, 1.0]), 0.25)           # all the same sign: the smallest there is, 2 / 2^3
+    close(s.sign_flip([3.0, -1.0, 1.0]), s.sign_flip([-3.0, 1.0, -1.0]))
+    flips = [abs(a * 3 + b * 1 + c * 1) >= 3 for a in (1, -1) for b in (-1, 1) for c in (-1, 1)]
+    close(s.sign_flip([3.0, -1.0, 1.0]), float(np.mean(flips)))
+    assert s.sign_flip([1.0] * 6) == 2 / 2 ** 6
+
+
+def test_bootstrap_is_paired_and_seeded():
+    rng = np.random.default_rng(1)
+    a = rng.random((1, 3, 400)) < 0.7
+    right = np.concatenate([a, a, ~a]).astype(float)
+    draws = s.bootstrap(right, draws=500)
+    np.testing.assert_array_equal(draws[:, 0], draws[:, 1])             # same items: the difference has no variance
+    np.testing.assert_allclose(draws[:, 0] + draws[:, 2], 1)            # and the complement is drawn with it
+    np.testing.assert_array_equal(draws, s.bootstrap(right, draws=500))
+    one = s.bootstrap(right[:, :1], draws=4000)[:, 0]                   # one seed: binomial standard error
+    p = right[0, 0].mean()
+    assert abs(one.std() / math.sqrt(p * (1 - p) / 400) - 1) < 0.05
+
+
+def test_summarise_says_pgr_is_undefined_in_a_small_gap():
+    def fake(weak, student, ceiling, n=1000):
+        truth = np.ones(n)
+        p = {f"p/{m}": (np.arange(n) < round(a * n)).astype(float) for m, a in
+             (("weak", weak), ("naive", student), ("ceiling", ceiling))}
+        return {"test": {"truth": truth, **p}, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7}, "n": {"labelled": 5},
+                "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
+    methods = ("weak", "ceiling", "naive")
+    small = s.summarise([fake(0.70, 0.702, 0.703)], methods)
+    assert small["pgr_defined"] is False and small["methods"]["naive"]["pgr"] is None
+    assert "PGR undefined" in s.table(small)
+    large = s.summarise([fake(0.6, 0.7, 0.8)], methods)
+    close(large["methods"]["naive"]["pgr"], 0.5, 1e-9)
+    lo, hi = large["methods"]["naive"]["pgr_ci95"]
+    assert 0.3 < lo < 0.5 < hi < 0.7
+    assert [large["methods"][m]["ground_truth_labels"] for m in methods] == [5, 7, 5]
+
+
+# ------------------------------------------------------------------------------------------------------------------- probe
+def blobs(n, c, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, generator=g) * torch.rand(c, generator=g).mul(5) + torch.randn(c, generator=g)
+    return x, ((x @ torch.randn(c, generator=g) / c ** 0.5 + torch.randn(n, generator=g)) > 0).double()
+
+
+@pytest.mark.parametrize("n, c, l2", [(211, 13, 0.1), (61, 97, 0.01), (503, 31, 1e-4)])
+def test_probe_equals_scikit_learn(n, c, l2):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = blobs(n, c)
+    probe = s.fit_probe(x, y, l2=l2)
+    z = ((x.double() - x.double().mean(0)) / x.double().std(0)).numpy()
+    reference = linear_model.LogisticRegression(C=1 / (l2 * n), tol=1e-12, max_iter=100000).fit(z, y.numpy())
+    np.testing.assert_allclose(probe.predict(x).numpy(), reference.predict_proba(z)[:, 1], atol=1e-6)
+
+
+def test_probe_gradient_is_zero_for_soft_targets():
+    x, _ = blobs(89, 11)
+    y = torch.rand(89, generator=torch.Generator().manual_seed(3)).double()
+    probe = s.fit_probe(x, y, l2=0.03)
+    scale = x.double().std(0)
+    z = (x.double() - x.double().mean(0)) / scale
+    w = probe.weight * scale
+    gradient = z.T @ (probe.predict(x) - y) / 89 + 0.03 * w
+    assert float(gradient.norm()) <= 2e-8 and abs(float((probe.predict(x) - y).mean())) <= 2e-8
+
+
+def test_probe_cross_validation_respects_folds():
+    """A feature that names the group predicts within a group and nothing beyond it: only grouped folds see that."""
+    g = torch.Generator().manual_seed(0)
+    group = torch.arange(60).repeat_interleave(4)
+    x = torch.nn.functional.one_hot(group).float()
+    y = (torch.rand(60, generator=g) > 0.5).double()[group]
+    by_group, by_row = s.fit_probe(x, y, fold=group % 5), s.fit_probe(x, y)
+    assert s.auroc(by_row.held_out, y) > 0.95
+    assert s.auroc(by_group.held_out, y) < 0.65
+    assert by_group.l2 == 10.0 and by_row.l2 < 1
+
+
+# ------------------------------------------------------------------------------------------------------ routing, smoothing
+def test_route_by_hand_and_its_limits():
+    p_ik = torch.tensor([0.2, 0.7, 0.9, 0.7])
+    own, weak = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.3, 0.4, 0.6, 0.1])
+    label, is_self = s.route(p_ik, own, weak, 0.7 - 1e-6)
+    assert label.tolist() == torch.tensor([0.3, 1.0, 0.0, 0.0]).tolist() and is_self.tolist() == [False, True, True, True]
+    assert torch.equal(s.route(p_ik, own, weak, 1.01)[0], weak)
+    assert torch.equal(s.route(p_ik, own, weak, 0.0)[0], own)
+    per_item = s.route(p_ik, own, weak, torch.tensor([0.1, 0.8, 0.8, 0.8]))[1]
+    assert per_item.tolist() == [True, False, True, False]
+    shares = [s.route(p_ik, own, weak, t / 10)[1].sum() for t in range(11)]
+    assert all(a >= b for a, b in zip(shares, shares[1:]))
+
+
+def clusters(n=300, d=17, seed=0, noise=0.25):
+    """Two tight clusters that are the two classes; weak labels wrong on a share of the items."""
+    g = torch.Generator().manual_seed(seed)
+    truth = (torch.arange(n) % 2).float()
+    centre = torch.randn(2, d, generator=g)
+    x = centre[truth.long()] + 0.3 * torch.randn(n, d, generator=g) + 5
+    wrong = torch.rand(n, generator=g) < noise
+    return x, torch.where(wrong, 1 - truth, truth) * 0.8 + 0.1, truth
+
+
+def test_smoothing_repairs_random_errors_where_neighbours_share_the_truth():
+    x, prior, truth = clusters()
+    assert s.accuracy(prior, truth) < 0.8
+    assert s.accuracy(s.smooth(x, prior, 0.9, 10, 3.0), truth) > 0.98
+    assert s.smooth(x, prior, 0.0, 10, 3.0) is prior
+
+
+def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
+    config = s.Config()
+    x, prior, truth = clusters()
+    everything = torch.ones(300, dtype=torch.bool)
+    good = s.choose_smoothing(x[:, None], prior, truth, everything, config)
+    assert good.alpha > 0 and good.after > good.before + 0.1
+    shuffled = truth[torch.randperm(300, generator=torch.Generator().manual_seed(5))]
+    prior = torch.where(torch.rand(300, generator=torch.Generator().manual_seed(6)) < 0.2, 1 - shuffled, shuffled)
+    bad = s.choose_smoothing(x[:, None], prior, shuffled, everything, config)
+    assert bad.alpha == 0 and bad.after == bad.before
+    forced = s.choose_smoothing(x[:, None], prior, shuffled, everything, s.Config(alpha=0.9, k=10))
+    assert forced.alpha == 0.9 and forced.k == 10 and forced.after < forced.before
+
+
+def test_the_right_layer_is_chosen():
+    x, prior, truth = clusters()
+    junk = torch.randn(300, 17, generator=torch.Generator().manual_seed(9))
+    chosen = s.choose_smoothing(torch.stack([junk, x], 1), prior, truth, torch.ones(300, dtype=torch.bool), s.Config())
+    assert chosen.layer == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ losses
+def test_log_confidence_by_hand_and_without_the_public_jump():
+    p, w = torch.tensor([0.9, 0.1, 0.6, 0.4]), torch.tensor([0.2, 0.3, 0.8, 0.7])      # mean(w) = 0.5: two positives
+    assert torch.equal(s.log_confidence(p, w, 0.0), w)
+    torch.testing.assert_close(s.log_confidence(p, w, 1.0), 0.5 * w + 0.5 * torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    steps = [float((s.log_confidence(p, w, f / 1000) - w).abs().max()) for f in range(1001)]
+    assert max(b - a for a, b in zip(steps, steps[1:])) < 0.003         # the public code jumps by 0.36 here
+    assert steps[200] == steps[1000] and steps[100] == pytest.approx(steps[200] / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.21, 0.5, 0.97, 1.0])
+def test_log_confidence_threshold_matches_the_weak_mean(mean):
+    p = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    hard = 2 * (s.log_confidence(p, torch.full((32,), mean), 1.0) - 0.5 * mean)
+    assert abs(float(hard.mean()) - mean) <= 0.5 / 32 + 1e-6 and set(hard.round(decimals=4).tolist()) <= {0.0, 1.0}
+
+
+def test_product_target_by_hand():
+    p, w = torch.tensor([0.5, 0.8, 1.0]), torch.tensor([0.3, 0.5, 0.9])
+    torch.testing.assert_close(s.product(p, w, 0.3), torch.tensor([0.3, 0.8, 1.0]))
+    close(float(s.product(torch.tensor([0.6]), torch.tensor([0.7]), 0.0)), 0.42 / (0.42 + 0.12), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------ stages
+def test_digest_sees_every_bit_dtype_shape_and_source():
+    a = torch.arange(6.0)
+    flipped = a.clone()
+    flipped[3] = float(np.nextafter(np.float32(3), np.float32(4)))
+    seen = {s.digest(a), s.digest(flipped), s.digest(a.reshape(2, 3)), s.digest(a.double()), s.digest(a.tolist()),
+            s.digest(s.product), s.digest(s.log_confidence), s.digest("ab", "c"), s.digest("a", "bc"), s.digest(1), s.digest(1.0)}
+    assert len(seen) == 11 and s.digest(a) == s.digest(a.clone())
+
+
+def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
+    calls, told = [], []
+    stages = s.Stages(tmp_path, told.append)
+
+    def compute():
+        calls.append(1)
+        return {"p": torch.arange(4.0), "n": torch.tensor([7])}
+    first = stages("weak", (1, torch.ones(2)), compute)
+    again = s.Stages(tmp_path, told.append)("weak", (1, torch.ones(2)), compute)
+    assert len(calls) == 1 and torch.equal(first["p"], again["p"]) and set(again) == {"p", "n"}
+    stages("weak", (2, torch.ones(2)), compute)
+    assert len(calls) == 2
+    file = sorted(tmp_path.iterdir())[0]
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 4                                        # one bit
+    file.write_bytes(raw)
+    for n in (1, 2):
+        stages("weak", (n, torch.ones(2)), compute)
+    assert len(calls) == 3 and len(told) == 1 and "damaged" in told[0]
+    file.write_bytes(file.read_bytes()[:50])            # truncated
+    for n in (1, 2):
+        stages("weak", (n, torch.ones(2)), compute)
+    assert len(calls) == 4 and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_interrupted_stage_leaves_nothing(tmp_path):
+    stages = s.Stages(tmp_path, print)
+    with pytest.raises(KeyboardInterrupt):
+        stages("weak", (), lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert list(tmp_path.iterdir()) == []
