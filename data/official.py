@@ -120,16 +120,17 @@ def boolq(split: str, data_dir: str | None = None) -> Iterable[Row]:
     for n, line in enumerate(content(f"boolq/{split}.jsonl", data_dir).splitlines()):
         row = json.loads(line)
         keys = [key("question", row["question"]), key("passage", row["passage"])]
-        answer = int(row["answer"])
-        yield Question(f"boolq-{split}-{n}", "", row["passage"], row["question"], YES_NO, answer), keys
+        name, answer = f"boolq-{split}-{n}", int(row["answer"])
+        yield Question(name, "", row["passage"], row["question"], YES_NO, answer), keys
 
 
 def cosmosqa(split: str, data_dir: str | None = None) -> Iterable[Row]:
     """split: train or valid. Tied by passage only: the same wording asks of many stories."""
     text = content(f"cosmosqa/{split}.csv", data_dir).decode()
-    for row in csv.DictReader(io.StringIO(text, newline="")):
-        options, keys = tuple(row[f"answer{i}"] for i in range(4)), [key("passage", row["context"])]
-        yield Question(row["id"], "", row["context"], row["question"], options, int(row["label"])), keys
+    for n, row in enumerate(csv.DictReader(io.StringIO(text, newline=""))):
+        name, options = f"cosmosqa-{split}-{n}", tuple(row[f"answer{i}"] for i in range(4))
+        keys = [key("passage", row["context"])]
+        yield Question(name, "", row["context"], row["question"], options, int(row["label"])), keys
 
 
 def read(name: str, data_dir: str | None = None) -> Task:

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (DEMO, NONE_OF_THE_ABOVE, OFFICIAL, YES_NO, DataError, Item, Question, completion, halves,
-                  items, jsonl, load_task, official, prompt)
+from data import (DEMO, NONE_OF_THE_ABOVE, OFFICIAL, YES_NO, DataError, Item, Question, Task, completion,
+                  halves, items, load_task, official, prompt, world)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -285,8 +285,9 @@ def test_cosmosqa_official_format(monkeypatch, tmp_path):
         return text.getvalue().encode()
     pin(monkeypatch, tmp_path, {"cosmosqa/train.csv": rows(30), "cosmosqa/valid.csv": rows(12)})
     task = load_task("cosmosqa", data_dir=tmp_path)
-    assert task.train[5] == Question("id30-5", "id30-5", 'He said\n"a, 5" .', "Why ?", tuple("wxyz"), 1)
-    assert task.test[5].group == "id30-5"                   # of one passage in train and in test
+    name = "cosmosqa-train-5"
+    assert task.train[5] == Question(name, name, 'He said\n"a, 5" .', "Why ?", tuple("wxyz"), 1)
+    assert task.test[5].group == name                       # one passage in train and in test: one group
 
 
 def test_groups_are_chains_of_shared_keys():
@@ -524,6 +525,11 @@ def test_bad_file(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match="folder.jsonl: cannot be read: Is a directory"):
         load_task(str(tmp_path / "folder.jsonl"))
+
+
+def test_demo_tasks_come_from_the_world(monkeypatch):
+    monkeypatch.setattr(world, "task", lambda name: Task(name, many(20), many(10), "", ""))
+    assert load_task("demo").name == "demo-sciq" and load_task("demo-boolq").name == "demo-boolq"
 
 
 def test_unknown_task_lists_the_known():

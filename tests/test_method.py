@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import selw2s as s
+from data import report as r
 
 
 def close(a, b, tol=1e-12):
@@ -35,26 +36,26 @@ def test_ece_bins_hold_equal_counts():
     y = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0]).double()
     # two bins of three: mean p 0.4/3 against 1/3, 2.6/3 against 2/3
     close(s.ece(p, y, bins=2), 0.5 * abs(0.4 / 3 - 1 / 3) + 0.5 * abs(2.6 / 3 - 2 / 3))
-    assert [n for *_, n in s.reliability(torch.rand(103), torch.ones(103))] == [11, 11, 11] + [10] * 7
+    assert [n for *_, n in r.reliability(torch.rand(103), torch.ones(103))] == [11, 11, 11] + [10] * 7
 
 
 def test_sign_flip_enumerates_and_cannot_go_below_its_floor():
-    close(s.sign_flip([1.0, 1.0, 1.0]), 0.25)           # all the same sign: the smallest there is, 2 / 2^3
-    close(s.sign_flip([3.0, -1.0, 1.0]), s.sign_flip([-3.0, 1.0, -1.0]))
+    close(r.sign_flip([1.0, 1.0, 1.0]), 0.25)           # all the same sign: the smallest there is, 2 / 2^3
+    close(r.sign_flip([3.0, -1.0, 1.0]), r.sign_flip([-3.0, 1.0, -1.0]))
     flips = [abs(a * 3 + b * 1 + c * 1) >= 3 for a in (1, -1) for b in (-1, 1) for c in (-1, 1)]
-    close(s.sign_flip([3.0, -1.0, 1.0]), float(np.mean(flips)))
-    assert s.sign_flip([1.0] * 6) == 2 / 2 ** 6
+    close(r.sign_flip([3.0, -1.0, 1.0]), float(np.mean(flips)))
+    assert r.sign_flip([1.0] * 6) == 2 / 2 ** 6
 
 
 def test_bootstrap_is_paired_and_seeded():
     rng = np.random.default_rng(1)
     a = rng.random((1, 3, 400)) < 0.7
     right = np.concatenate([a, a, ~a]).astype(float)
-    draws = s.bootstrap(right, draws=500)
+    draws = r.bootstrap(right, draws=500)
     np.testing.assert_array_equal(draws[:, 0], draws[:, 1])             # same items: the difference has no variance
     np.testing.assert_allclose(draws[:, 0] + draws[:, 2], 1)            # and the complement is drawn with it
-    np.testing.assert_array_equal(draws, s.bootstrap(right, draws=500))
-    one = s.bootstrap(right[:, :1], draws=4000)[:, 0]                   # one seed: binomial standard error
+    np.testing.assert_array_equal(draws, r.bootstrap(right, draws=500))
+    one = r.bootstrap(right[:, :1], draws=4000)[:, 0]                   # one seed: binomial standard error
     p = right[0, 0].mean()
     assert abs(one.std() / math.sqrt(p * (1 - p) / 400) - 1) < 0.05
 

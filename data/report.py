@@ -1,0 +1,169 @@
+"""The numbers of a run: metrics, intervals, diagnostics, the table. Everything here follows from items.npz, without a model.
+
+symbol      name here        meaning                                                     source
+PGR         pgr              performance gap recovered, of accuracies on test            Burns et al. 2023, section 3
+ECE         ece              expected calibration error, ten bins of equal count         method.md, step 4
+AUROC       auroc            P(a positive ranks above a negative), ties half
+
+Shapes: N items, S seeds. p (N,) is a probability of y = 1, y (N,) is 0/1; right is 0/1.
+"""
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def accuracy(p: Tensor, y: Tensor) -> float:
+    """Share of items with (p > 1/2) = y; p (N,) probability, y (N,) 0/1."""
+    return float(((p > 0.5) == (y > 0.5)).double().mean())
+
+
+def cross_entropy(p: Tensor, y: Tensor) -> float:
+    """Mean cross-entropy in nats of p (N,) against y (N,) in [0, 1]; p is kept 1e-12 away from 0 and 1."""
+    p = p.double().clamp(1e-12, 1 - 1e-12)
+    return float(-(y * p.log() + (1 - y) * (1 - p).log()).mean())
+
+
+def pgr(weak: float, student: float, ceiling: float) -> float | None:
+    """Performance gap recovered, (student - weak) / (ceiling - weak); None where the ceiling is not above the weak model."""
+    return (student - weak) / (ceiling - weak) if ceiling > weak else None
+
+
+def auroc(p: Tensor, y: Tensor) -> float | None:
+    """P(p of a positive > p of a negative), ties count half (average ranks); None with one class only."""
+    y = (y > 0.5).double()
+    _, which, count = p.double().unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count - 1) / 2.0)[which]                     # (N,) average rank, from 1
+    n1 = float(y.sum())
+    n0 = len(y) - n1
+    return float((rank * y).sum() - n1 * (n1 + 1) / 2) / (n1 * n0) if n1 and n0 else None
+
+
+def brier(p: Tensor, y: Tensor) -> float:
+    """Mean squared difference of p (N,) and y (N,)."""
+    return float(((p - y).double() ** 2).mean())
+
+
+def reliability(p: Tensor, y: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean p, mean y, count) of equal-count bins in increasing p: the reliability diagram."""
+    order = p.argsort(stable=True)
+    return [(float(p[b].double().mean()), float(y[b].double().mean()), len(b)) for b in order.tensor_split(bins) if len(b)]
+
+
+def ece(p: Tensor, y: Tensor, bins: int = 10) -> float:
+    """Expected calibration error over equal-count bins: sum of n_b/N |mean p - mean y|."""
+    return sum(n * abs(mean_p - mean_y) for mean_p, mean_y, n in reliability(p, y, bins)) / len(p)
+
+
+def bootstrap(right: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Paired bootstrap over test items and seeds: right (methods, seeds, N) 0/1 -> (draws, methods) mean accuracies.
+
+    Every draw resamples items once for all methods and seeds, and seeds once for all methods, so differences of columns
+    are differences on the same items."""
+    rng = np.random.default_rng(seed)
+    methods, seeds, n = right.shape
+    out = np.empty((draws, methods))
+    for i in range(draws):
+        weight = np.bincount(rng.integers(n, size=n), minlength=n) / n
+        out[i] = (right @ weight)[:, rng.integers(seeds, size=seeds)].mean(1)
+    return out
+
+
+def sign_flip(differences: list[float]) -> float:
+    """Two-sided exact sign-flip p-value of per-seed differences; with S seeds it cannot go below 2 / 2^S."""
+    d = np.asarray(differences)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * len(d))).reshape(len(d), -1)
+    return float((np.abs(signs.T @ d) >= abs(d.sum()) - 1e-12).mean())
+
+
+def diagnose(run: dict, methods) -> dict:
+    """Everything said about one seed beside the accuracies; recomputable from items.npz alone."""
+    u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k != "id"} for part in ("transfer", "test"))
+    routed = u["source/is_self"] > 0.5
+    parts = {"all": torch.ones_like(routed), "routed": routed, "unrouted": ~routed}
+    out = {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": {}, "p_ik": {},
+           "methods": {}, "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
+    for key in [k for k in u if k.split("/")[0] in ("source", "label") and k not in ("source/p_ik", "source/is_self")]:
+        out["label_accuracy"][key.split("/")[1] if key[0] == "s" else key] = {
+            part: accuracy(u[key][rows], u["truth"][rows]) if rows.any() else None for part, rows in parts.items()}
+    for name, p, right in (("transfer", u["source/p_ik"], u["own_right"]), ("test", t["p_ik"], t["own_right"])):
+        order = p.argsort(descending=True, stable=True)
+        risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
+        marks = [max(1, len(p) * i // 20) for i in range(1, 21)]
+        out["p_ik"][name] = {"own_right": float(right.double().mean()), "auroc": auroc(p, right), "brier": brier(p, right),
+                             "ece": ece(p, right), "reliability": reliability(p, right),
+                             "risk_coverage": [(m / len(p), float(risk[m - 1])) for m in marks]}
+    y, weak = t["truth"].double(), t["p/weak"].double()
+    for name in methods:
+        s = t[f"p/{name}"].double()
+        gain, misfit = ((weak - y) ** 2 - (s - y) ** 2).mean(), ((s - weak) ** 2).mean()
+        assert abs(gain - misfit - 2 * ((weak - s) * (s - y)).mean()) < 1e-6        # identity, any s: arXiv 2405.15116
+        wrong, sure = (s > 0.5) != (y > 0.5), (s - 0.5).abs() >= 0.25
+        imitates = ((weak > 0.5) == (s > 0.5)) & ((weak - 0.5).abs() >= 0.25)
+        row = {"ece": ece(s, y), "brier": brier(s, y), "gain": float(gain), "misfit": float(misfit),
+               "confident_wrong_that_imitate_weak": ratio(wrong & sure & imitates, wrong & sure)}
+        if "ceiling" in methods:
+            known = ((t["p/ceiling"] > 0.5) == (y > 0.5)) & ((t["p/ceiling"] - 0.5).abs() >= 0.25)
+            doubtful = (weak - 0.5).abs() < 0.25
+            row["known"] = {f"{a}-strong {b}-weak": {"n": int((rows_a & rows_b).sum()), "accuracy": ratio(~wrong & rows_a & rows_b, rows_a & rows_b)}
+                            for a, rows_a in (("known", known), ("unknown", ~known))
+                            for b, rows_b in (("known", ~doubtful), ("unknown", doubtful))}
+            row["errors_strong_knew"] = ratio(wrong & known, wrong)
+            row["blind"] = ratio(wrong & known & doubtful, wrong & ((t["p/ceiling"] > 0.5) == (y > 0.5)))
+        out["methods"][name] = row
+    return out
+
+
+def ratio(part: Tensor, whole: Tensor) -> float | None:
+    return float(part.sum() / whole.sum()) if whole.any() else None
+
+
+def summarise(runs: list[dict], methods) -> dict:
+    """Accuracy, PGR and difference to naive of every method with 95 % intervals: paired bootstrap over items and seeds."""
+    right = np.array([[(r["test"][f"p/{m}"] > 0.5) == (r["test"]["truth"] > 0.5) for r in runs] for m in methods], float)
+    draws, mean, per_seed = bootstrap(right), right.mean((1, 2)), right.mean(2)
+    at = {m: i for i, m in enumerate(methods)}
+    interval = lambda x: [float(q) for q in np.percentile(x, [2.5, 97.5])]      # noqa: E731
+    out, gap = {}, None
+    if "weak" in at and "ceiling" in at:
+        gap = draws[:, at["ceiling"]] - draws[:, at["weak"]]
+        defined = mean[at["ceiling"]] - mean[at["weak"]] > 2 * gap.std()
+    for m, i in at.items():
+        n = runs[0]["n"]
+        row = {"accuracy": float(mean[i]), "ci95": interval(draws[:, i]), "per_seed": per_seed[i].tolist(),
+               "ground_truth_labels": runs[0]["truth_used"].get(m, n["labelled"]), "pgr": None, "pgr_ci95": None,
+               "attainable": m != "oracle", "weights": [r["weights"][m] for r in runs]}
+        labels = [accuracy(*map(torch.as_tensor, (r["transfer"][f"label/{m}"], r["transfer"]["truth"])))
+                  for r in runs if f"label/{m}" in r["transfer"]]
+        row["label_accuracy"] = float(np.mean(labels)) if labels else None
+        if gap is not None and defined and m not in ("weak", "ceiling"):
+            row["pgr"] = pgr(mean[at["weak"]], mean[i], mean[at["ceiling"]])
+            row["pgr_ci95"] = interval((draws[:, i] - draws[:, at["weak"]]) / np.where(gap > 0, gap, np.nan)) if (gap > 0).all() \
+                else None
+        if "naive" in at and m != "naive":
+            difference = per_seed[i] - per_seed[at["naive"]]
+            row["minus_naive"] = {"mean": float(difference.mean()), "ci95": interval(draws[:, i] - draws[:, at["naive"]]),
+                                  "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
+        out[m] = row
+    prior = float(np.mean(runs[0]["test"]["truth"]))
+    return {"methods": out, "class_prior": prior, "majority": max(prior, 1 - prior), "test_items": right.shape[2],
+            "pgr_defined": None if gap is None else bool(defined),
+            "gap": None if gap is None else {"mean": float(mean[at["ceiling"]] - mean[at["weak"]]), "se": float(gap.std())}}
+
+
+def table(metrics: dict) -> str:
+    """The final table, one row per method."""
+    span = lambda ci, scale=1: f"[{ci[0] * scale:.3f}, {ci[1] * scale:.3f}]" if ci else "-"     # noqa: E731
+    lines = [f"{'method':16}{'accuracy':>9}  {'95 % interval':16} {'PGR':>6}  {'95 % interval':17}"
+             f"{'- naive':>8}  {'95 % interval':17}{'labels right':>13}{'truth used':>11}"]
+    for name, r in metrics["methods"].items():
+        d = r.get("minus_naive")
+        lines.append(f"{name + ('' if r['attainable'] else ' *'):16}{r['accuracy']:9.3f}  {span(r['ci95']):16} "
+                     f"{'-' if r['pgr'] is None else format(r['pgr'], '.2f'):>6}  {span(r['pgr_ci95']):17}"
+                     f"{format(d['mean'], '+.3f') if d else '-':>8}  {span(d['ci95']) if d else '-':17}"
+                     f"{'-' if r['label_accuracy'] is None else format(r['label_accuracy'], '.3f'):>13}{r['ground_truth_labels']:>11,}")
+    lines.append(f"test: {metrics['test_items']:,} items, majority class {metrics['majority']:.3f}; intervals: paired bootstrap over "
+                 "items and seeds" + ("; * needs the hidden truth: an upper bound" if "oracle" in metrics["methods"] else ""))
+    if metrics["pgr_defined"] is False:
+        gap = metrics["gap"]
+        lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, under 2 standard errors ({gap['se']:.3f})")
+    return "\n".join(lines)
