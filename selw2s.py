@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 METHOD_NAMES = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
                 "graph-only", "route-only", "selective", "trust", "chain", "oracle")
@@ -65,6 +65,9 @@ class Config:
     epochs: int = option(2, "passes over the training items")
     batch: int = option(32, "items per update")
     lr: object = option("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
+    analysis: str = option("", "after the methods: P(IK) across tasks, across difficulties, or tau, alpha, k varied",
+                           choices=("cross-task", "difficulty", "sweep"))
+    difficulty: str = option("weak", "whose loss makes an item hard in --analysis difficulty", choices=("weak", "strong"))
     limit: int = option(0, "use at most this many train and this many test questions (0: all)")
     device: str = option("cpu", "cpu, cuda, cuda:1 ...")
     dtype: str = option("float32", "dtype of the pretrained weights", choices=("float32", "bfloat16", "float16"))
@@ -89,10 +92,12 @@ def parse(argv: list[str] | None = None) -> Config:
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     if "all" in values["methods"]:
         values["methods"] = METHOD_NAMES
-    values["methods"] = tuple(m for m in METHOD_NAMES if m in values["methods"])
+    values["methods"] = tuple(m for m in METHOD_NAMES if m == "weak" or m in values["methods"])
     config = Config(**{**values, "task": "demo-sciq" if values["task"] == "demo" else values["task"]})
     if not config.task.startswith("demo-") and not (config.weak and config.strong):
         parser.error(f"--task {config.task} needs --weak MODEL and --strong MODEL (only the demo tasks bring their own)")
+    if config.task.endswith(".jsonl") and config.analysis == "cross-task":
+        parser.error("--analysis cross-task needs a demo or an official task")
     return config
 
 
@@ -104,7 +109,7 @@ import inspect
 import json
 import os
 import time
-from itertools import takewhile
+from itertools import product as product_of, takewhile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -114,8 +119,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import DataError, completion, halves, items, load_task, prompt
-from data.report import accuracy, auroc, brier, cross_entropy, diagnose, ece, pgr, summarise, table  # noqa: F401
+from data import DEMO, OFFICIAL, DataError, completion, halves, items, load_task, prompt
+from data.report import accuracy, auroc, brier, cross_entropy, diagnose, ece, figures, pgr, summarise, table  # noqa: F401
 from graph import affinity, knn, normalise, propagate
 from model import LoadError, TrainError, finetune, load, read
 
@@ -249,7 +254,7 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
     """alpha, k and layer that make the labels of the given rows of D_l most accurate; alpha = 0 unless one does [D6].
 
     features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that would be
-    smoothed. A candidate must beat no smoothing by one standard error of the paired difference, or smoothing stays off:
+    smoothed. A candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
     the best of many noisy candidates looks better than it is."""
     alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
     ks = tuple(k for k in ((5, 10, 20, 50) if config.k == "auto" else (config.k,)) if k < len(prior)) or (len(prior) - 1,)
@@ -263,7 +268,7 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
     for layer in range(features.shape[1]):
         for (alpha, k), p in smoothed(neighbours(features[:, layer], max(ks)), prior, alphas, ks, config.gamma).items():
             gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
-            bar = gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
+            bar = 2 * gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
             if gain.mean() > bar and right.mean() + gain.mean() > best.after:
                 best = Smoothing(layer, alpha, k, float(right.mean()), float((right + gain).mean()))
     return best
@@ -453,140 +458,312 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages)
 
 
 # ---------------------------------------------------------------------------------------------------------- the pipeline
-def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> dict:
-    """The method for one seed, steps 1 to 7: arrays of every label source and every method's probabilities."""
-    question = {q.id: q for q in task.train + task.test}
+class Prepared(NamedTuple):
+    """Steps 1 to 3 of one seed. Rows are items: D_l (n_l) first, then D_u (n_u), then test. Truth: of D_l only."""
+    rows: list          # N items
+    questions: list     # N questions; their answers are read for D_l, for the metrics and for nothing else
+    n_l: int
+    n_u: int
+    ids: list           # N token sequences for the strong model
+    truth: Tensor       # (n_l,) labels of D_l
+    cross: Tensor       # (n_l,) cross-fitted weak P(y = 1)
+    weak: Tensor        # (n_u + test,) weak P(y = 1)
+    weak_weights: str   # hash of the weak supervisor
+    own: Tensor         # (N,) self-generated label, 0/1
+    belief: Tensor      # (N, K) the strong model's probability of each option
+    gold: Tensor        # (n_l,) index of the right option
+    prompt: Tensor      # (N, R, C) hidden states where the question ends
+    item: Tensor        # (N, R, C) hidden states where the item ends
+    fold: Tensor        # (n_l,) fold of the item's group
+    usable: Tensor      # (n_l,) bool: not one of the few-shot examples, whose answer stood in their own prompt
 
-    # 1. Split and format
-    pool = items(task.train, protocol=config.protocol, seed=seed)
-    labelled, transfer = halves(pool, task.train, protocol=config.protocol, seed=seed)
+
+def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> Prepared:
+    """1. Split and format. 2. Weak supervisor on D_l, its soft labels on D_u. 3. The strong model's own answers."""
+    question = {q.id: q for q in task.train + task.test}
+    drawn = items(task.train, protocol=config.protocol, seed=seed)
+    labelled, transfer = halves(drawn, task.train, protocol=config.protocol, seed=seed)
     test = items(task.test, protocol=config.protocol, seed=seed if config.protocol == "openai" else 0)
-    rows = labelled + transfer + test
-    n_l, n_u = len(labelled), len(transfer)
-    L, U, later = slice(0, n_l), slice(n_l, n_l + n_u), slice(n_l, None)    # later: D_u, then test
-    truth_l = torch.tensor([float(item.label) for item in labelled])
+    rows, n_l, n_u = labelled + transfer + test, len(labelled), len(transfer)
+    truth = torch.tensor([float(item.label) for item in labelled])
     texts = [row.text for row in rows]
     tell(f"1 split    {n_l:,} labelled, {n_u:,} transfer, {len(test):,} test items   e.g. {texts[0]!r:.70} -> {labelled[0].label}")
 
-    # 2. Weak supervisor: soft labels on D_u; cross-fitted on D_l, the only view of its errors that owns ground truth
     ids = weak.tokenizer.encode(texts)
-    weak_out = trained("weak", weak, ids[L], truth_l, ids[later], config, seed, stages)
-    cross = torch.empty(n_l)
-    position = {item.id: i for i, item in enumerate(labelled)}
-    folds = [[position[item.id] for item in half] for half in halves(labelled, task.train, protocol="paper", seed=seed)]
+    supervisor = trained("weak", weak, ids[:n_l], truth, ids[n_l:], config, seed, stages)
+    cross, at = torch.empty(n_l), {item.id: i for i, item in enumerate(labelled)}   # the only view of weak errors that owns truth
+    folds = [[at[item.id] for item in half] for half in halves(labelled, task.train, protocol="paper", seed=seed)]
     for i, (fit, ask) in enumerate((folds, folds[::-1])):
-        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth_l[fit], [ids[j] for j in ask], config, seed,
-                             stages)["p"]
-    p_w = weak_out["p"][:n_u]
-    tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth_l):.3f}")
+        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth[fit], [ids[j] for j in ask], config, seed, stages)["p"]
+    tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
 
-    # 3. Self-generated labels of the pretrained strong model
-    ids = strong.tokenizer.encode(texts)
-    rng = np.random.default_rng(seed)
-    shots = [question[labelled[i].question_id] for i in rng.choice(n_l, config.shots, replace=False)]
+    shots = [question[labelled[i].question_id] for i in np.random.default_rng(seed).choice(n_l, config.shots, replace=False)]
     asked = [question[row.question_id] for row in rows]
     told = elicit(config, strong, rows, asked, shots, stages)
-    judged = config.own == "judge"
-    gold = torch.tensor([row.label if judged else q.answer for row, q in zip(labelled, asked)])     # D_l only
-    knows = told.belief[L].argmax(1) == gold                                # (n_l,) own answer right
-    tell(f"3 own      strong model's own answers right on {knows.double().mean():.3f} of D_l's questions "
-         f"(1 pass over {len(rows):,} questions)")
-
-    # 4. P(IK): linear probe on the hidden state before any candidate, trained on D_l; layer and L2 by cross-validation
-    target = knows.double() if config.target == "hard" else told.belief[L].gather(1, gold[:, None])[:, 0]   # [D3]
+    gold = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(labelled, asked)])
+    tell(f"3 own      strong model's own answers right on {(told.belief[:n_l].argmax(1) == gold).double().mean():.3f} of D_l's "
+         f"questions (one pass over {len(rows):,} questions)")
     group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
-    fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
-    usable = torch.tensor([q not in shots for q in asked[:n_l]])            # a shot's answer stood in its own prompt
-    probes = [fit_probe(told.prompt[L, r][usable], target[usable], fold=fold[usable]) for r in range(told.prompt.shape[1])]
+    return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, supervisor["p"], hexed(supervisor),
+                    told.own, told.belief, gold, told.prompt, told.item, torch.tensor([group[q.group] % 5 for q in asked[:n_l]]),
+                    torch.tensor([q not in shots for q in asked[:n_l]]))
+
+
+class Known(NamedTuple):
+    """Step 4: P(IK) of every row; on D_l out of fold where this probe was trained there."""
+    p_ik: Tensor        # (N,)
+    layer: int          # which of the R hidden states read
+    probe: Probe
+
+
+def know(config: Config, p: Prepared, rows: Tensor | None = None) -> Known:
+    """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l (or on some rows of it); target: own
+    answer right [D3]; layer and L2 by cross-validation on D_l, folds by group."""
+    belief = p.belief[:p.n_l]
+    target = (belief.argmax(1) == p.gold).double() if config.target == "hard" else belief.gather(1, p.gold[:, None])[:, 0]
+    use = (p.usable if rows is None else p.usable & rows).nonzero()[:, 0]
+    probes = [fit_probe(p.prompt[use, r], target[use], fold=p.fold[use]) for r in range(p.prompt.shape[1])]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
-    p_ik = probes[layer].predict(told.prompt[:, layer]).float()
-    p_ik_l = p_ik[L].clone()
-    p_ik_l[usable] = probes[layer].held_out.float()                         # honest on D_l: out of fold
-    tell(f"4 P(IK)    AUROC on D_l, held out, {auroc(p_ik_l[usable], knows[usable]) or float('nan'):.3f} "
-         f"(layer read {layer + 1} of {len(probes)}, l2 {probes[layer].l2:g})")
+    p_ik = probes[layer].predict(p.prompt[:, layer])
+    p_ik[use] = probes[layer].held_out
+    return Known(p_ik.float(), layer, probes[layer])
 
-    # 5. Route: own label where P(IK) >= tau
-    tau = accuracy(cross, truth_l) if config.tau == "auto" else float(config.tau)                   # [D4]
-    own = told.own
-    routed, is_self = route(p_ik[U], own[U], p_w, tau)
-    routed_l, is_self_l = route(p_ik_l, own[L], cross, tau)
-    tell(f"5 route    tau {tau:.3f}: own label on {is_self.double().mean():.3f} of D_u")
 
-    # 6. Smooth the weak labels over the graph of D_u; alpha, k and layer chosen on D_l with the cross-fitted labels [D6]
-    everything = torch.ones(n_l, dtype=torch.bool)
-    plain = choose_smoothing(told.item[L], cross, truth_l, everything, config)
-    chosen = choose_smoothing(told.item[L], routed_l if config.anchors else cross, truth_l, ~is_self_l, config)
-    smoothed_weak = smooth(told.item[U, plain.layer], p_w, plain.alpha, plain.k, config.gamma)
-    refined = smooth(told.item[U, chosen.layer], routed if config.anchors else p_w, chosen.alpha, chosen.k, config.gamma)  # [D5]
-    selective = torch.where(is_self, own[U], refined)
-    tell("6 smooth   nothing left to smooth: every label is the strong model's own" if chosen.before is None else
-         f"6 smooth   alpha {chosen.alpha:g}, k {chosen.k}: accuracy of D_l's unrouted labels {chosen.before:.3f} -> "
-         f"{chosen.after:.3f}" + ("" if chosen.alpha else " (off: no smoothing helps there)"))
+class Selected(NamedTuple):
+    """Steps 5 and 6: labels of D_u, (n_u,) each."""
+    tau: float
+    is_self: Tensor         # bool, routed to the own label
+    routed: Tensor          # own label where routed, weak label elsewhere
+    refined: Tensor         # weak labels smoothed in the presence of the own ones
+    selective: Tensor       # own label where routed, refined elsewhere: the method
+    smoothed_weak: Tensor   # weak labels smoothed alone
+    chosen: Smoothing
+    chosen_alone: Smoothing
 
-    # 7. Students: the pretrained strong model finetuned on each set of labels
-    def trust():
-        probe = fit_probe(told.item[L, -1], ((cross > 0.5) == (truth_l > 0.5)).double(), fold=fold)
-        return route(p_ik[U], own[U], p_w, probe.predict(told.item[U, -1]))[0]
 
-    def confident():                                                        # the surer half of each predicted class [D10]
-        sure = (p_w - 0.5).abs()
-        keep = [side[sure[side].argsort(descending=True, stable=True)[:(len(side) + 1) // 2]]
-                for side in ((p_w > 0.5).nonzero()[:, 0], (p_w <= 0.5).nonzero()[:, 0])]
-        return torch.cat(keep).sort().values
+def select(config: Config, p: Prepared, p_ik: Tensor) -> Selected:
+    """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u."""
+    L, U, weak = slice(0, p.n_l), slice(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u]
+    tau = accuracy(p.cross, p.truth) if config.tau == "auto" else float(config.tau)                 # [D4]
+    routed, is_self = route(p_ik[U], p.own[U], weak, tau)
+    routed_l, is_self_l = route(p_ik[L], p.own[L], p.cross, tau)
 
-    def hidden_truth():                                                     # ceiling, oracle and metrics only
-        return torch.tensor([float(item.label) for item in transfer])
+    prior, prior_l = (routed, routed_l) if config.anchors else (weak, p.cross)                      # [D5]
+    chosen = choose_smoothing(p.item[L], prior_l, p.truth, ~is_self_l, config)                      # [D6]
+    alone = choose_smoothing(p.item[L], p.cross, p.truth, torch.ones_like(is_self_l), config)
+    refined = smooth(p.item[U, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
+    smoothed_weak = smooth(p.item[U, alone.layer], weak, alone.alpha, alone.k, config.gamma)
+    return Selected(tau, is_self, routed, refined, torch.where(is_self, p.own[U], refined), smoothed_weak, chosen, alone)
 
-    on_transfer = torch.arange(n_l, n_l + n_u)
-    recipes = {     # name: (training rows, targets, rule that turns student and weak probability into the target)
-        "ceiling": lambda: (on_transfer, hidden_truth(), None),
-        "naive": lambda: (on_transfer, p_w, None),
-        "logconf": lambda: (on_transfer, p_w, log_confidence),
-        "product": lambda: (on_transfer, p_w, product),
-        "confidence-only": lambda: (n_l + confident(), p_w[confident()], None),
-        "self-only": lambda: (on_transfer, own[U], None),                   # tau = 0
-        "strong-on-D_l": lambda: (torch.arange(n_l), truth_l, None),
-        "graph-only": lambda: (on_transfer, smoothed_weak, None),           # tau > 1
-        "route-only": lambda: (on_transfer, routed, None),                  # alpha = 0
-        "selective": lambda: (on_transfer, selective, None),
-        "trust": lambda: (on_transfer, trust(), None),
-        "chain": lambda: (on_transfer, student("naive")[:n_u], None),       # weak -> student -> student
-        "oracle": lambda: (on_transfer, torch.where(own[U] == hidden_truth(), own[U], refined), None),
+
+def trust(p: Prepared, p_ik: Tensor) -> Tensor:
+    """Per-item router, the symmetric form: own label where P(IK) >= P(weak label right), a second linear probe."""
+    U, right = slice(p.n_l, p.n_l + p.n_u), (p.cross > 0.5) == (p.truth > 0.5)
+    probe = fit_probe(p.item[:p.n_l, -1], right.double(), fold=p.fold)
+    return route(p_ik[U], p.own[U], p.weak[:p.n_u], probe.predict(p.item[U, -1]))[0]
+
+
+def surer_half(weak: Tensor) -> Tensor:
+    """Indices of the more confident half of each predicted class, so that the class balance survives [D10]."""
+    sure = (weak - 0.5).abs()
+    classes = ((weak > 0.5).nonzero()[:, 0], (weak <= 0.5).nonzero()[:, 0])
+    return torch.cat([c[sure[c].argsort(descending=True, stable=True)[:(len(c) + 1) // 2]] for c in classes]).sort().values
+
+
+def hidden_truth(p: Prepared) -> Tensor:
+    """(n_u,) ground truth of D_u: for the ceiling, the oracle and the metrics."""
+    return torch.tensor([float(item.label) for item in p.rows[p.n_l:p.n_l + p.n_u]])
+
+
+def hexed(out: dict[str, Tensor]) -> str:
+    return bytes(out["weights"].tolist()).hex()
+
+
+def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Side, seed: int, stages: Stages, tell):
+    """7. Students: the pretrained strong model finetuned on each set of labels. {method: (labels, P(y = 1), weights)}."""
+    U, weak, own = torch.arange(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u], p.own[p.n_l:p.n_l + p.n_u]
+    recipes = {     # name: (training rows, their targets, rule that makes the target of student and weak probability)
+        "ceiling": lambda: (U, hidden_truth(p), None),
+        "naive": lambda: (U, weak, None),
+        "logconf": lambda: (U, weak, log_confidence),
+        "product": lambda: (U, weak, product),
+        "confidence-only": lambda: (U[surer_half(weak)], weak[surer_half(weak)], None),
+        "self-only": lambda: (U, own, None),                                # tau = 0
+        "strong-on-D_l": lambda: (torch.arange(p.n_l), p.truth, None),
+        "graph-only": lambda: (U, s.smoothed_weak, None),                   # tau > 1
+        "route-only": lambda: (U, s.routed, None),                          # alpha = 0
+        "selective": lambda: (U, s.selective, None),
+        "trust": lambda: (U, trust(p, p_ik), None),
+        "chain": lambda: (U, student("naive")[1][:p.n_u], None),            # weak -> student -> student
+        "oracle": lambda: (U, torch.where(own == hidden_truth(p), own, s.refined), None),
     }
-    weights, labels = {}, {}
 
     def student(name):
-        where, labels[name], rule = recipes[name]()
-        out = trained(name, strong, [ids[i] for i in where], labels[name], ids[later], config, seed, stages, rule)
-        weights[name] = bytes(out["weights"].tolist()).hex()
-        return out["p"]
+        rows, targets, rule = recipes[name]()
+        out = trained(name, strong, [p.ids[i] for i in rows], targets, p.ids[p.n_l:], config, seed, stages, rule)
+        return targets if rows is U else None, out["p"], hexed(out)
 
-    p = {"weak": weak_out["p"]}
-    weights["weak"] = bytes(weak_out["weights"].tolist()).hex()
+    done = {"weak": (weak, p.weak, p.weak_weights)}
     for name in config.methods:
         if name != "weak":
-            p[name] = student(name)
+            done[name] = student(name)
             tell(f"7 student  {name}")
-    index, _ = neighbours(told.item[U, plain.layer], 10)
-    homophily = float((hidden_truth()[index] == hidden_truth()[:, None]).double().mean())
-    answers = torch.tensor([row.label if judged else q.answer for row, q in zip(rows, asked)])[later]   # metrics only
-    own_right = (told.belief[later].argmax(1) == answers).float().numpy()
-    sources = {"weak": p_w, "own": own[U], "p_ik": p_ik[U], "is_self": is_self.float(), "smoothed": refined,
-               "smoothed_weak": smoothed_weak}
-    return {"seed": seed, "tau": tau, "layer": layer, "l2": probes[layer].l2, "smoothing": chosen._asdict(),
-            "smoothing_graph_only": plain._asdict(), "homophily": homophily, "weights": weights, "n": {"labelled": n_l, "transfer": n_u, "test": len(test)},
+    return {name: done[name] for name in config.methods}
+
+
+def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> dict:
+    """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
+    p = prepare(config, task, weak, strong, seed, stages, tell)
+    known = know(config, p)
+    tell(f"4 P(IK)    held-out AUROC on D_l "
+         f"{auroc(known.p_ik[:p.n_l], (p.belief[:p.n_l].argmax(1) == p.gold).double()) or float('nan'):.3f} "
+         f"(layer read {known.layer + 1} of {p.prompt.shape[1]}, l2 {known.probe.l2:g})")
+    s = select(config, p, known.p_ik)
+    c = s.chosen
+    tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
+    tell("6 smooth   nothing left to smooth: every label is the strong model's own" if c.before is None else
+         f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels {c.before:.3f} -> {c.after:.3f}"
+         + ("" if c.alpha else " (off: no smoothing helps there)"))
+    return pack(config, p, known, s, students(config, p, s, known.p_ik, strong, seed, stages, tell), seed)
+
+
+def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
+    """All arrays and choices of one seed under the names of items.npz and result.json; here metrics may read the truth."""
+    n_l, n_u = p.n_l, p.n_u
+    own_right, truth = judged_right(config, p), torch.tensor([float(row.label) for row in p.rows])
+    index, _ = neighbours(p.item[n_l:n_l + n_u, s.chosen_alone.layer], 10)
+    homophily = float((hidden_truth(p)[index] == hidden_truth(p)[:, None]).double().mean())
+
+    def part(a, b, extra):
+        arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
+                  **{f"p/{name}": out[1][a - n_l:b - n_l] for name, out in done.items()}}
+        return {"id": np.array([row.id for row in p.rows[a:b]])} | {key: x.numpy() for key, x in arrays.items()}
+    labels = {f"label/{name}": out[0] for name, out in done.items() if out[0] is not None}
+    sources = {"weak": p.weak[:n_u], "is_self": s.is_self, "refined": s.refined, "smoothed_weak": s.smoothed_weak}
+    return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2, "smoothing": s.chosen._asdict(),
+            "smoothing_graph_only": s.chosen_alone._asdict(), "homophily": homophily,
+            "weights": {name: out[2] for name, out in done.items()},
+            "n": {"labelled": n_l, "transfer": n_u, "test": len(p.rows) - n_l - n_u},
             "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
-            "transfer": {"id": np.array([i.id for i in transfer]), "truth": hidden_truth().numpy(), "own_right": own_right[:n_u],
-                         **{f"source/{k}": v.numpy() for k, v in sources.items()},
-                         **{f"label/{k}": v.numpy() for k, v in labels.items() if len(v) == n_u and k != "strong-on-D_l"},
-                         **{f"p/{k}": v[:n_u].numpy() for k, v in p.items()}},
-            "test": {"id": np.array([i.id for i in test]), "truth": np.array([float(i.label) for i in test]),
-                     "own": own[n_l + n_u:].numpy(), "p_ik": p_ik[n_l + n_u:].numpy(),
-                     "own_right": own_right[n_u:],
-                     **{f"p/{k}": v[n_u:].numpy() for k, v in p.items()}}}
+            "transfer": part(n_l, n_l + n_u, sources | labels), "test": part(n_l + n_u, len(p.rows), {})}
+
+
+# -------------------------------------------------------------------------------------------------------------- analyses
+def judged_right(config: Config, p: Prepared) -> Tensor:
+    """(N,) 1 where the strong model's own answer is right; reads the truth of all rows: for metrics."""
+    answers = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(p.rows, p.questions)])
+    return (p.belief.argmax(1) == answers).float()
+
+
+def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed: int, stages: Stages, method="selective"):
+    """One student and what went into it: metrics of an analysis."""
+    s = select(config, p, p_ik)
+    only = replace(config, methods=(method,))
+    labels, out, _ = students(only, p, s, p_ik, strong, seed, stages, lambda line: None)[method]
+    U, truth = slice(p.n_l, p.n_l + p.n_u), torch.tensor([float(row.label) for row in p.rows])
+    right = judged_right(config, p)
+    return {"seed": seed, "auroc": auroc(p_ik[U], right[U]), "ece": ece(p_ik[U], right[U]), "tau": s.tau,
+            "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(labels, truth[U]),
+            "accuracy": accuracy(out[p.n_u:], truth[p.n_l + p.n_u:])}
+
+
+def cross_task(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
+    """P(IK) trained on one task's D_l and used on another's D_u, all pairs: {"A -> B": [metrics per seed]} (paper, abstract)."""
+    out = {}
+    for seed in config.seeds:
+        prepared = {name: prepare(config, task, weak, strong, seed, stages, tell) for name, task in tasks.items()}
+        known = {name: know(config, p) for name, p in prepared.items()}
+        for (a, k), (b, p) in product_of(known.items(), prepared.items()):
+            p_ik = k.p_ik if a == b else k.probe.predict(p.prompt[:, k.layer]).float()
+            out.setdefault(f"{a} -> {b}", []).append(routed_student(config, p, p_ik, strong, seed, stages))
+    return out
+
+
+def difficulty(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
+    """P(IK) trained on the easy or the hard half of D_l, measured on the easy and the hard half of D_u (paper, abstract).
+
+    Difficulty of an item: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
+    out = {}
+    for seed in config.seeds:
+        p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
+        truth, U = torch.tensor([float(row.label) for row in p.rows]), slice(p.n_l, p.n_l + p.n_u)
+        answers = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(p.rows, p.questions)])
+        guess = torch.cat([p.cross, p.weak])
+        p_gold = {"weak": torch.where(truth > 0.5, guess, 1 - guess), "strong": p.belief.gather(1, answers[:, None])[:, 0]}
+        easy = {part: x > x.median() for part, x in (("L", p_gold[config.difficulty][:p.n_l]), ("U", p_gold[config.difficulty][U]))}
+        right = judged_right(config, p)[U]
+        for name, rows in (("all", easy["L"] | True), ("easy", easy["L"]), ("hard", ~easy["L"])):
+            p_ik = know(config, p, rows).p_ik
+            metrics = routed_student(config, p, p_ik, strong, seed, stages)
+            for part, at in (("easy", easy["U"]), ("hard", ~easy["U"])):
+                metrics[f"auroc_on_{part}"], metrics[f"ece_on_{part}"] = auroc(p_ik[U][at], right[at]), ece(p_ik[U][at], right[at])
+            out.setdefault(f"trained on {name}", []).append(metrics)
+    return out
+
+
+def sweep(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
+    """Labels and student as tau, alpha and k vary one at a time; read on D_u and test, so nothing may be chosen from it."""
+    out = {}
+    for seed in config.seeds:
+        p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
+        p_ik = know(config, p).p_ik
+        for method, flag, values in (("route-only", "tau", (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)),
+                                     ("graph-only", "alpha", (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)), ("graph-only", "k", (5, 10, 20, 50))):
+            for value in values:
+                other = {"alpha": 0.7} if flag == "k" else {"k": 10} if flag == "alpha" else {}
+                metrics = routed_student(replace(config, **other, **{flag: value}), p, p_ik, strong, seed, stages, method)
+                out.setdefault(f"{flag} {value:g} ({method})", []).append(metrics)
+    return out
+
+
+ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep}
+
+
+def analyse(config: Config, task, weak: Side, strong: Side, stages: Stages, tell) -> dict:
+    """One analysis over all seeds: a printed table of means, the values per seed as the result."""
+    tasks = {config.task: task}
+    if config.analysis == "cross-task":
+        family = DEMO[1:] if config.task in DEMO else OFFICIAL
+        tasks = {name: fit(load_task(name, data_dir=config.data_dir or None), (weak, strong), config, tell) for name in family}
+    out = ANALYSES[config.analysis](config, tasks, weak, strong, stages, tell)
+    columns = [c for c in next(iter(out.values()))[0] if c != "seed"]
+    print(f"\n{config.analysis:32}" + "".join(f"{c:>16}" for c in columns))
+    for name, rows in out.items():
+        means = [[row[c] for row in rows if row[c] is not None] for c in columns]
+        print(f"{name:32}" + "".join(f"{np.mean(m):16.3f}" if m else f"{'-':>16}" for m in means))
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- 8. Report
+def fit(task, sides, config: Config, tell):
+    """The task with over-long contexts cut at their end, by words, until every item fits both models: the same text for
+    both, no item dropped (the public code drops them from train and test) [D11]. At most --limit questions of each part."""
+    room = min(1024, *(side.model.config.context for side in sides))
+    shortened = 0
+
+    def excess(q):
+        texts = [prompt(q) + completion(q, i) for i in range(len(q.options))]
+        return max(len(ids) for side in sides for ids in side.tokenizer.encode(texts)) - room
+
+    def cut_one(q):
+        nonlocal shortened
+        if len(prompt(q)) + max(map(len, q.options)) + 16 <= room or (over := excess(q)) <= 0:  # a token is a character or more
+            return q
+        shortened += 1
+        words = q.context.split(" ")
+        while over > 0:
+            words = words[:-max(1, over // 4)]
+            if not words:
+                raise DataError(f"question {q.id} is {over} tokens over the models' {room} even without its context: shorten it")
+            q = q._replace(context=" ".join(words))
+            over = excess(q)
+        return q
+    parts = {part: [cut_one(q) for q in getattr(task, part)[:config.limit or None]] for part in ("train", "test")}
+    if shortened:
+        tell(f"data      {shortened} contexts cut at their end to fit {room} tokens")
+    return task._replace(**parts)
+
+
 def run(config: Config) -> dict:
     """The whole method for every seed; writes <out>/<task>/<run id>/{items.npz, result.json} and returns the result."""
     start = time.perf_counter()
@@ -598,11 +775,10 @@ def run(config: Config) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     print("config    " + " ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
     task = load_task(config.task, data_dir=config.data_dir or None)
-    if config.limit:
-        task = task._replace(train=task.train[:config.limit], test=task.test[:config.limit])
     demo = config.task.startswith("demo-")
     weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
     strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
+    task = fit(task, (weak, strong), config, tell)
     tell(f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions" +
          (" (synthetic world, see data/world.py)" if demo else ""))
     stages = Stages(Path(config.out) / "cache", tell)
@@ -610,11 +786,12 @@ def run(config: Config) -> dict:
     for seed in config.seeds:
         runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
     metrics = summarise(runs, config.methods)
+    analysis = analyse(config, task, weak, strong, stages, tell) if config.analysis else None
     sources = {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest()
                for f in sorted([HERE / "selw2s.py", HERE / "model.py", HERE / "graph.py", *HERE.glob("data/*.py")])}
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "data_dir")}
     run_id = digest(identity, task.sha256, weak.sha256, strong.sha256, sources)[:12]
-    folder = Path(config.out) / config.task.replace(os.sep, "_") / run_id
+    folder = Path(config.out) / task.name / run_id
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "schema": 1, "command": "python selw2s.py " + " ".join(sys.argv[1:]), "config": asdict(config),
@@ -626,7 +803,7 @@ def run(config: Config) -> dict:
         "stages": stages.log, "seconds": round(time.perf_counter() - start, 2), "metrics": metrics,
         "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")} | {"diagnostics": diagnose(r, config.methods)}
                   for r in runs],
-        "finished": True}
+        "analysis": analysis, "finished": True}
     arrays = {f"seed{r['seed']}/{part}/{k}": v for r in runs for part in ("transfer", "test") for k, v in r[part].items()}
     for name, write in (("items.npz", lambda f: np.savez_compressed(f, **arrays)),
                         ("result.json", lambda f: f.write(json.dumps(result, indent=1, allow_nan=False).encode()))):
@@ -634,7 +811,11 @@ def run(config: Config) -> dict:
         with open(temporary, "wb") as f:
             write(f)
         os.replace(temporary, folder / name)
-    print("\n" + table(metrics) + f"\n\nwritten   {folder / 'result.json'}\n          {folder / 'items.npz'}")
+    try:
+        drawn = figures(folder)
+    except ImportError:
+        drawn = ["(figures: pip install matplotlib, then run the same command again)"]
+    print(f"\n{table(metrics)}\n\nwritten   {folder}/ " + " ".join(["result.json", "items.npz", *drawn]))
     return result
 
 

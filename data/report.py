@@ -78,14 +78,14 @@ def sign_flip(differences: list[float]) -> float:
 def diagnose(run: dict, methods) -> dict:
     """Everything said about one seed beside the accuracies; recomputable from items.npz alone."""
     u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k != "id"} for part in ("transfer", "test"))
-    routed = u["source/is_self"] > 0.5
+    routed = u["is_self"]
     parts = {"all": torch.ones_like(routed), "routed": routed, "unrouted": ~routed}
     out = {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": {}, "p_ik": {},
            "methods": {}, "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
-    for key in [k for k in u if k.split("/")[0] in ("source", "label") and k not in ("source/p_ik", "source/is_self")]:
-        out["label_accuracy"][key.split("/")[1] if key[0] == "s" else key] = {
-            part: accuracy(u[key][rows], u["truth"][rows]) if rows.any() else None for part, rows in parts.items()}
-    for name, p, right in (("transfer", u["source/p_ik"], u["own_right"]), ("test", t["p_ik"], t["own_right"])):
+    for key in [k for k in u if k in ("own", "weak", "refined", "smoothed_weak") or k.startswith("label/")]:
+        out["label_accuracy"][key] = {part: accuracy(u[key][rows], u["truth"][rows]) if rows.any() else None
+                                      for part, rows in parts.items()}
+    for name, p, right in (("transfer", u["p_ik"], u["own_right"]), ("test", t["p_ik"], t["own_right"])):
         order = p.argsort(descending=True, stable=True)
         risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
         marks = [max(1, len(p) * i // 20) for i in range(1, 21)]
@@ -137,8 +137,9 @@ def summarise(runs: list[dict], methods) -> dict:
         row["label_accuracy"] = float(np.mean(labels)) if labels else None
         if gap is not None and defined and m not in ("weak", "ceiling"):
             row["pgr"] = pgr(mean[at["weak"]], mean[i], mean[at["ceiling"]])
-            row["pgr_ci95"] = interval((draws[:, i] - draws[:, at["weak"]]) / np.where(gap > 0, gap, np.nan)) if (gap > 0).all() \
-                else None
+            rise = draws[:, i] - draws[:, at["weak"]]                       # a draw without a gap counts as +-infinite
+            span = interval(np.where(gap > 0, rise / np.where(gap > 0, gap, 1), np.copysign(np.inf, rise)))
+            row["pgr_ci95"] = span if np.isfinite(span).all() else None
         if "naive" in at and m != "naive":
             difference = per_seed[i] - per_seed[at["naive"]]
             row["minus_naive"] = {"mean": float(difference.mean()), "ci95": interval(draws[:, i] - draws[:, at["naive"]]),
@@ -167,3 +168,106 @@ def table(metrics: dict) -> str:
         gap = metrics["gap"]
         lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, under 2 standard errors ({gap['se']:.3f})")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
+
+
+def figures(folder) -> list[str]:
+    """Draw result.json of a run folder as SVG beside it; returns the file names. Raises ImportError without matplotlib."""
+    import json
+    from pathlib import Path
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    matplotlib.rcParams |= {"svg.hashsalt": "selw2s", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                            "legend.frameon": False, "svg.fonttype": "none"}
+    folder = Path(folder)
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    n, seeds = result["metrics"]["test_items"], len(result["seeds"])
+    synthetic = "synthetic demo world, " if result["data"]["name"].startswith("demo") else ""
+    caption = f"{result['data']['name']}: {synthetic}{n:,} test items, {seeds} seed{'s' * (seeds > 1)}"
+    drawn = {"main.svg": draw_main, "p_ik.svg": draw_p_ik, "labels.svg": draw_labels}
+    if result["analysis"]:
+        drawn["analysis.svg"] = draw_analysis
+    for name, draw in drawn.items():
+        figure = draw(plt, result)
+        figure.suptitle(caption, fontsize=8, color=GREY, x=0.01, ha="left")
+        figure.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
+    return list(drawn)
+
+
+def draw_main(plt, result):
+    """Accuracy of every method with its 95 % interval and one dot per seed, between the weak model and the ceiling."""
+    methods = result["metrics"]["methods"]
+    names = [m for m in methods if m not in ("weak", "ceiling")]
+    figure, axes = plt.subplots(figsize=(7, 0.32 * len(names) + 1.1))
+    for name, style in (("weak", ":"), ("ceiling", "--")):
+        if name in methods:
+            axes.axvline(methods[name]["accuracy"], color=GREY, linestyle=style, linewidth=1)
+            axes.text(methods[name]["accuracy"], -0.75, name, ha="center", va="bottom", color=GREY)
+    for row, name in enumerate(names):
+        m, colour = methods[name], ORANGE if name == "selective" else BLUE
+        axes.plot(m["ci95"], [row, row], color=colour, linewidth=2)
+        axes.plot(m["per_seed"], [row] * len(m["per_seed"]), ".", color=colour, alpha=0.4, markersize=4)
+        axes.plot(m["accuracy"], row, "o", color=colour, markersize=6)
+        if m["pgr"] is not None:
+            axes.text(1.01, row, f"PGR {m['pgr']:.2f}", transform=axes.get_yaxis_transform(), va="center", color=colour)
+    axes.set_yticks(range(len(names)), [m if methods[m]["attainable"] else m + " (not attainable)" for m in names])
+    axes.set_ylim(len(names) - 0.4, -0.8)
+    axes.set_xlabel("accuracy on test (bar: 95 % interval over items and seeds; small dots: seeds; axis does not start at 0)")
+    return figure
+
+
+def draw_p_ik(plt, result):
+    """Reliability diagram and risk-coverage curve of P(IK) on test, one line per seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
+    for seed in result["seeds"]:
+        p = seed["diagnostics"]["p_ik"]["test"]
+        left.plot([b[0] for b in p["reliability"]], [b[1] for b in p["reliability"]], ".-", color=BLUE, alpha=0.6, linewidth=1)
+        right.plot(*zip(*p["risk_coverage"]), color=BLUE, alpha=0.6, linewidth=1)
+    left.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+    left.set(xlabel="P(IK)", ylabel="share of own answers that are right", xlim=(0, 1), ylim=(0, 1))
+    aurocs = [s["diagnostics"]["p_ik"]["test"]["auroc"] for s in result["seeds"]]
+    left.set_title(f"reliability, ten bins of equal count (AUROC {np.mean([a for a in aurocs if a is not None] or [np.nan]):.2f})",
+                   fontsize=9)
+    right.set(xlabel="coverage: questions by falling P(IK)", ylabel="share of own answers wrong", xlim=(0, 1), ylim=(0, None))
+    right.set_title("risk and coverage", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def draw_labels(plt, result):
+    """How right the labels of D_u are, by source: on the routed part, on the rest, and over all."""
+    names = ("weak", "own", "smoothed_weak", "refined", "label/selective")
+    rows = [s["diagnostics"]["label_accuracy"] for s in result["seeds"]]
+    names = [name for name in names if name in rows[0]]
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(names) + 1))
+    for part, colour, mark in (("all", "black", "o"), ("routed", ORANGE, "^"), ("unrouted", BLUE, "v")):
+        values = [[row[name][part] for row in rows if row[name][part] is not None] for name in names]
+        axes.plot([np.mean(v) if v else np.nan for v in values], range(len(names)), mark, color=colour, linestyle="", label=part)
+    share = np.mean([s["diagnostics"]["coverage"] for s in result["seeds"]])
+    axes.set_yticks(range(len(names)), [name.removeprefix("label/").replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=f"part of D_u\n(routed: {share:.0%})")
+    axes.set_xlabel("share of labels that are right (axis does not start at 0)")
+    return figure
+
+
+def draw_analysis(plt, result):
+    """Student accuracy and label accuracy of each row of an analysis, one dot per seed."""
+    rows = result["analysis"]
+    figure, axes = plt.subplots(figsize=(7, 0.25 * len(rows) + 1))
+    for key, colour, mark in (("accuracy", BLUE, "o"), ("label_accuracy", ORANGE, "^"), ("auroc", GREY, "|")):
+        for i, metrics in enumerate(rows.values()):
+            values = [m[key] for m in metrics if m[key] is not None]
+            axes.plot(values, [i] * len(values), mark, color=colour, alpha=0.4, markersize=4)
+            axes.plot(np.mean(values) if values else np.nan, i, mark, color=colour, label={"auroc": "P(IK) AUROC"}.get(
+                key, key.replace("_", " ")) if i == 0 else None)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -90,12 +90,12 @@ def test_halves_are_disjoint_and_items_are_joined_by_id(full, tiny):
         drawn = selw2s.items(task.train, protocol="paper", seed=seed)
         labelled = [i for i in drawn if i.id not in ids]
         assert not {group[i.question_id] for i in labelled} & {group[i.rsplit("/", 1)[0]] for i in ids}
-        is_self = data[f"seed{seed}/transfer/source/is_self"] > 0.5
-        own, label = data[f"seed{seed}/transfer/source/own"], data[f"seed{seed}/transfer/label/selective"]
+        is_self = data[f"seed{seed}/transfer/is_self"]
+        own, label = data[f"seed{seed}/transfer/own"], data[f"seed{seed}/transfer/label/selective"]
         np.testing.assert_array_equal(label[is_self], own[is_self])
-        np.testing.assert_array_equal(label[~is_self], data[f"seed{seed}/transfer/source/smoothed"][~is_self])
+        np.testing.assert_array_equal(label[~is_self], data[f"seed{seed}/transfer/refined"][~is_self])
         tau = result["seeds"][seed]["tau"]
-        np.testing.assert_array_equal(is_self, data[f"seed{seed}/transfer/source/p_ik"] >= np.float32(tau))
+        np.testing.assert_array_equal(is_self, data[f"seed{seed}/transfer/p_ik"] >= np.float32(tau))
 
 
 def test_every_number_of_the_table_follows_from_items_npz(full):
