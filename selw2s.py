@@ -425,7 +425,7 @@ class Elicited(NamedTuple):
 JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"      # after Burns et al., Table 2
 
 
-def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages) -> Elicited:
+def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages, tell) -> Elicited:
     """Self-generated labels [D1, D2]: the option with the largest log-likelihood given the question is the own answer;
     the own label of an item is 1 if the candidate it shows is that answer. Zero- or k-shot."""
     layers = tuple(dict.fromkeys((strong.model.config.layers // 2, 3 * strong.model.config.layers // 4, None)))
@@ -452,6 +452,7 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages)
     elif config.own == "judge":
         score = ask("read-judge", [before + row.text + JUDGE for row in rows], [[" 0", " 1"]] * len(rows),
                     [-1] * len(rows))["loglik"]
+    tell(f"3 prompt   {before + prompt(questions[0])!r:.200} + one of {completions[0]}")
     belief = score.softmax(1)
     shown = torch.tensor([1 if config.own == "judge" or i < 0 else i for i in pick])
     return Elicited(belief, (belief.argmax(1) == shown).float(), reading["prompt"], reading["item"])
@@ -499,7 +500,7 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
 
     shots = [question[labelled[i].question_id] for i in np.random.default_rng(seed).choice(n_l, config.shots, replace=False)]
     asked = [question[row.question_id] for row in rows]
-    told = elicit(config, strong, rows, asked, shots, stages)
+    told = elicit(config, strong, rows, asked, shots, stages, tell)
     gold = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(labelled, asked)])
     tell(f"3 own      strong model's own answers right on {(told.belief[:n_l].argmax(1) == gold).double().mean():.3f} of D_l's "
          f"questions (one pass over {len(rows):,} questions)")
@@ -635,7 +636,8 @@ def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, see
     homophily = float((hidden_truth(p)[index] == hidden_truth(p)[:, None]).double().mean())
 
     def part(a, b, extra):
-        arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
+        arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_p": p.belief[a:b].amax(1).float(),
+                  "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
                   **{f"p/{name}": out[1][a - n_l:b - n_l] for name, out in done.items()}}
         return {"id": np.array([row.id for row in p.rows[a:b]])} | {key: x.numpy() for key, x in arrays.items()}
     labels = {f"label/{name}": out[0] for name, out in done.items() if out[0] is not None}

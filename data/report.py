@@ -85,11 +85,13 @@ def diagnose(run: dict, methods) -> dict:
     for key in [k for k in u if k in ("own", "weak", "refined", "smoothed_weak") or k.startswith("label/")]:
         out["label_accuracy"][key] = {part: accuracy(u[key][rows], u["truth"][rows]) if rows.any() else None
                                       for part, rows in parts.items()}
-    for name, p, right in (("transfer", u["p_ik"], u["own_right"]), ("test", t["p_ik"], t["own_right"])):
+    for name, (p, own_p, right) in {"transfer": (u["p_ik"], u["own_p"], u["own_right"]),
+                                    "test": (t["p_ik"], t["own_p"], t["own_right"])}.items():
         order = p.argsort(descending=True, stable=True)
         risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
         marks = [max(1, len(p) * i // 20) for i in range(1, 21)]
-        out["p_ik"][name] = {"own_right": float(right.double().mean()), "auroc": auroc(p, right), "brier": brier(p, right),
+        out["p_ik"][name] = {"own_right": float(right.double().mean()), "own_p_auroc": auroc(own_p, right),
+                             "own_p_ece": ece(own_p, right), "auroc": auroc(p, right), "brier": brier(p, right),
                              "ece": ece(p, right), "reliability": reliability(p, right),
                              "risk_coverage": [(m / len(p), float(risk[m - 1])) for m in marks]}
     y, weak = t["truth"].double(), t["p/weak"].double()
@@ -194,31 +196,31 @@ def figures(folder) -> list[str]:
         drawn["analysis.svg"] = draw_analysis
     for name, draw in drawn.items():
         figure = draw(plt, result)
-        figure.suptitle(caption, fontsize=8, color=GREY, x=0.01, ha="left")
+        figure.suptitle(caption, fontsize=8, color=GREY, x=0.01, y=1.05, ha="left")
         figure.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
     return list(drawn)
 
 
 def draw_main(plt, result):
-    """Accuracy of every method with its 95 % interval and one dot per seed, between the weak model and the ceiling."""
+    """Accuracy of every method with its 95 % interval and a stroke per seed, between the weak model and the ceiling."""
     methods = result["metrics"]["methods"]
     names = [m for m in methods if m not in ("weak", "ceiling")]
     figure, axes = plt.subplots(figsize=(7, 0.32 * len(names) + 1.1))
-    for name, style in (("weak", ":"), ("ceiling", "--")):
+    for name, style, side in (("weak", ":", "right"), ("ceiling", "--", "left")):
         if name in methods:
             axes.axvline(methods[name]["accuracy"], color=GREY, linestyle=style, linewidth=1)
-            axes.text(methods[name]["accuracy"], -0.75, name, ha="center", va="bottom", color=GREY)
+            axes.text(methods[name]["accuracy"], -0.75, f" {name} ", ha=side, va="bottom", color=GREY)
     for row, name in enumerate(names):
         m, colour = methods[name], ORANGE if name == "selective" else BLUE
         axes.plot(m["ci95"], [row, row], color=colour, linewidth=2)
-        axes.plot(m["per_seed"], [row] * len(m["per_seed"]), ".", color=colour, alpha=0.4, markersize=4)
-        axes.plot(m["accuracy"], row, "o", color=colour, markersize=6)
+        axes.plot(m["accuracy"], row, "o", color=colour, markersize=7)
+        axes.plot(m["per_seed"], [row] * len(m["per_seed"]), "|", color="black", markersize=6, markeredgewidth=0.8)
         if m["pgr"] is not None:
             axes.text(1.01, row, f"PGR {m['pgr']:.2f}", transform=axes.get_yaxis_transform(), va="center", color=colour)
     axes.set_yticks(range(len(names)), [m if methods[m]["attainable"] else m + " (not attainable)" for m in names])
     axes.set_ylim(len(names) - 0.4, -0.8)
-    axes.set_xlabel("accuracy on test (bar: 95 % interval over items and seeds; small dots: seeds; axis does not start at 0)")
+    axes.set_xlabel("accuracy on test (bar: 95 % interval over items and seeds; strokes: seeds; axis does not start at 0)")
     return figure
 
 
