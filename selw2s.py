@@ -72,6 +72,8 @@ class Config:
     device: str = option("cpu", "cpu, cuda, cuda:1 ...")
     dtype: str = option("float32", "dtype of the pretrained weights", choices=("float32", "bfloat16", "float16"))
     data_dir: str = option("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
+    rerun: str = option("", "repeat the run of a result.json and compare: every other flag but --out, --data-dir is taken from it",
+                        metavar="FILE")
     out: str = option("runs", "results and the stage cache go here", metavar="DIR")
 
 
@@ -94,6 +96,8 @@ def parse(argv: list[str] | None = None) -> Config:
         values["methods"] = METHOD_NAMES
     values["methods"] = tuple(m for m in METHOD_NAMES if m == "weak" or m in values["methods"])
     config = Config(**{**values, "task": "demo-sciq" if values["task"] == "demo" else values["task"]})
+    if config.rerun:
+        return config
     if not config.task.startswith("demo-") and not (config.weak and config.strong):
         parser.error(f"--task {config.task} needs --weak MODEL and --strong MODEL (only the demo tasks bring their own)")
     if config.task.endswith(".jsonl") and config.analysis == "cross-task":
@@ -315,6 +319,9 @@ class Stages:
         self.source = digest(*(HERE.joinpath(name).read_text() for name in ("model.py",)), torch.__version__,
                              torch.get_num_threads())
         directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".*"):       # half-written by a killed run, a day old: no living run writes it
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink(missing_ok=True)
 
     def __call__(self, name: str, depends: tuple, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         path = self.directory / f"{name}-{digest(name, self.source, *depends)}.safetensors"
@@ -821,15 +828,34 @@ def run(config: Config) -> dict:
     return result
 
 
+def rerun(config: Config) -> None:
+    """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what differs of
+    the inputs (code, data, models, environment), which is where to look."""
+    try:
+        old = json.loads(Path(config.rerun).read_text("utf-8"))
+        recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
+        again = Config(**recorded | {"out": config.out, "data_dir": config.data_dir or recorded["data_dir"]})
+        methods = old["metrics"]["methods"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
+    new = json.loads(json.dumps(run(again)))
+    moved = [part for part in ("code", "data", "models", "env") if old[part] != new[part]]
+    differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
+    if differ:
+        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; differing inputs: {', '.join(moved) or 'none'}")
+    print(f"the same as {config.rerun} in every metric and weight" + (f", though {', '.join(moved)} differ" if moved else ""))
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
     try:
-        run(parse(argv))
+        config = parse(argv)
+        (rerun if config.rerun else run)(config)
         return 0
     except (LoadError, DataError, TrainError) as error:
         print(f"selw2s: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,0 +1,156 @@
+"""Kill it anywhere, start it again; damaged files, full disks, two runs at once, bad input. Run: pytest tests/test_reliability.py
+(20 s; with CI=1 the 20 kills too, 2 minutes)."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import selw2s
+from conftest import ROOT
+
+METHODS = ("--methods", "ceiling", "naive", "self-only", "selective")
+
+# The program with a bomb: the n-th write is cut short before, in the middle of, or after the file is written or renamed.
+BOMB = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import selw2s
+calls, real_save, real_replace = [0], selw2s.save_file, os.replace
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def save(tensors, path, *rest):
+    calls[0] += 1
+    if calls[0] == {n} and {where!r} == "before":
+        die()
+    real_save(tensors, path, *rest)
+    if calls[0] == {n} and {where!r} == "middle":
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+def replace(a, b):
+    if calls[0] == {n} and {where!r} == "written":
+        die()
+    real_replace(a, b)
+    if calls[0] == {n} and {where!r} == "renamed":
+        die()
+selw2s.save_file, os.replace = save, replace
+sys.exit(selw2s.main({argv!r}))
+"""
+
+
+def run(argv, **kwargs):
+    return subprocess.run([sys.executable, "selw2s.py", *argv], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def outcome(out: Path):
+    """Metrics and arrays of the one run under out."""
+    result = json.loads(next(out.glob("*/*/result.json")).read_text())
+    with np.load(next(out.glob("*/*/items.npz"))) as file:
+        return result["metrics"], {key: file[key] for key in file.files}
+
+
+def same(a, b):
+    assert a[0] == b[0] and a[1].keys() == b[1].keys() and all(np.array_equal(a[1][k], b[1][k]) for k in a[1])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    assert run([*tiny, *METHODS, "--out", str(out)]).returncode == 0
+    return outcome(out)
+
+
+@pytest.mark.parametrize("points", [
+    [(2, "middle"), (4, "written")],
+    pytest.param([(n, where) for n in range(1, 6) for where in ("before", "middle", "written", "renamed")],
+                 marks=pytest.mark.slow)])
+def test_killed_at_any_write_it_goes_on(tiny, tmp_path, unbroken, points):
+    """One run, killed again and again: each start counts its own writes, so the bomb moves through all stages."""
+    argv, finished = [*tiny, *METHODS, "--out", str(tmp_path)], 0
+    for n, where in points:
+        child = subprocess.run([sys.executable, "-c", BOMB.format(root=str(ROOT), n=1 if len(points) > 2 else n, where=where,
+                                                                  argv=argv)], capture_output=True)
+        stages = list((tmp_path / "cache").glob("[!.]*"))
+        assert len(stages) >= finished                  # nothing finished is ever lost
+        finished = len(stages)
+        if child.returncode != -signal.SIGKILL:
+            assert child.returncode == 0, child.stderr  # all stages were done
+        else:
+            assert not list(tmp_path.glob("*/*/result.json"))
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").glob("[!.]*")}
+    assert run(argv).returncode == 0
+    assert all(f.stat().st_mtime_ns == t for f, t in before.items())
+    same(outcome(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_it_goes_on(tiny, tmp_path, unbroken):
+    argv = [*tiny, *METHODS, "--out", str(tmp_path)]
+    for i in range(20):
+        child = subprocess.Popen([sys.executable, "selw2s.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child.stdout.readline()                         # torch is loaded, the run begins
+        time.sleep(0.03 * i)
+        child.kill()
+        child.communicate()
+    assert run(argv).returncode == 0
+    same(outcome(tmp_path), unbroken)
+
+
+def test_two_runs_at_once_in_one_directory(tiny, tmp_path, unbroken):
+    both = [subprocess.Popen([sys.executable, "selw2s.py", *tiny, *METHODS, "--out", str(tmp_path)], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [child.wait() for child in both] == [0, 0], [child.stderr.read() for child in both]
+    same(outcome(tmp_path), unbroken)
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_interrupt_signal(tiny, tmp_path, unbroken):
+    child = subprocess.Popen([sys.executable, "selw2s.py", *tiny, *METHODS, "--out", str(tmp_path)], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if "2 weak" in line:
+            child.send_signal(signal.SIGINT)
+            break
+    _, error = child.communicate()
+    assert child.returncode == 130 and len(error.strip().splitlines()) == 1 and "Traceback" not in error
+    assert run([*tiny, *METHODS, "--out", str(tmp_path)]).returncode == 0
+    same(outcome(tmp_path), unbroken)
+
+
+def test_full_disk_loses_no_finished_stage(tiny, tmp_path, unbroken):
+    """A file-size limit that the hidden states do not fit under stands in for the full disk."""
+    import resource
+    argv = [*tiny, *METHODS, "--out", str(tmp_path)]
+    full = run(argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    assert full.returncode == 2 and "Traceback" not in full.stderr and len(full.stderr.strip().splitlines()) == 1
+    done = {f.name for f in (tmp_path / "cache").iterdir()}
+    assert len(done) == 3 and not any(name.startswith(".") for name in done)      # weak and its two folds
+    assert run(argv).returncode == 0
+    same(outcome(tmp_path), unbroken)
+
+
+def test_loss_that_is_not_finite_names_step_and_learning_rate(tiny, tmp_path, capsys):
+    assert selw2s.main([*tiny, "--out", str(tmp_path), "--lr", "1e30"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "step" in error and "1e+30" in error and "\n" not in error
+
+
+def test_rerun_repeats_and_compares(tiny, tmp_path, capsys):
+    assert selw2s.main([*tiny, *METHODS, "--out", str(tmp_path / "a")]) == 0
+    file = next((tmp_path / "a").glob("*/*/result.json"))
+    assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path / "b")]) == 0
+    assert "the same as" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    result["metrics"]["methods"]["naive"]["accuracy"] += 0.01
+    result["code"]["selw2s.py"] = "0"
+    file.write_text(json.dumps(result))
+    assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path / "b")]) == 2
+    error = capsys.readouterr().err
+    assert "naive" in error and "code" in error
+    file.write_text("{}")
+    assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path / "b")]) == 2
