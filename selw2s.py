@@ -1,20 +1,21 @@
-"""Selective weak-to-strong generalization: the method, in the paper's order (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166).
+"""Selective weak-to-strong generalization: the method (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166).
 
-A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows, P(IK), takes
-the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Read from run(), one_seed() first.
+A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
+P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Steps are
+in the paper's order; read from run(), one_seed() first.
 
-symbol      name here              shape           source
-D_l         labelled               n_l items       half with ground truth                     Burns et al. 2023, App. A
-D_u         transfer               n_u items       half whose truth only metrics and the ceiling read
-p_w         weak                   (N,)            weak supervisor's P(y = 1), soft           Burns et al. 2023
-            own                    (N,) 0/1        self-generated label                       paper, abstract
-P(IK)       p_ik                   (N,)            P(own answer is right | question)          Kadavath et al. 2022
-tau         tau                    float           own label iff P(IK) >= tau                 [D4]
-S, F        graph.py                               smoothing of the weak labels               Zhou et al. 2004
-PGR         pgr                    float           (student - weak) / (ceiling - weak)        Burns et al. 2023
+symbol      name here  shape         source
+D_l         labelled   n_l items     half with ground truth                     Burns et al. 2023, App. A
+D_u         transfer   n_u items     half whose truth only metrics and the ceiling read
+p_w         weak       (N,)          weak supervisor's P(y = 1), soft           Burns et al. 2023
+            own        (N,) 0/1      self-generated label                       paper, abstract
+P(IK)       p_ik       (N,)          P(own answer is right | question)          Kadavath et al. 2022
+tau         tau        float         own label iff P(IK) >= tau                 [D4]
+S, F        graph.py                 smoothing of the weak labels               Zhou et al. 2004
+PGR         pgr        float         (student - weak) / (ceiling - weak)        Burns et al. 2023
 
-Shapes: N items (one per question), K options, R hidden-state layers read, C width. [D1]..[D12] mark choices that the paper
-leaves open: the README's table of decisions lists them all with their flags. Dtype float32 unless said; probes float64.
+Shapes: N items (one per question), K options, R hidden-state layers read, C width; float32 unless said,
+probes float64. [D1]..[D12] mark choices that the paper leaves open: the README's table lists all, with flags.
 """
 from __future__ import annotations
 
@@ -22,11 +23,12 @@ import argparse
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 
-METHOD_NAMES = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
-                "graph-only", "route-only", "selective", "trust", "chain", "oracle")
-DEFAULT_METHODS = ("weak", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only", "selective")
+METHOD_NAMES = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only",
+                "strong-on-D_l", "graph-only", "route-only", "selective", "trust", "chain", "oracle")
+DEFAULT_METHODS = ("weak", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
+                   "selective")
 EXAMPLES = """examples:
-  python selw2s.py --task demo                                        under a minute on two cores, nothing to download
+  python selw2s.py --task demo                                        under a minute on two cores, no download
   python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
   python selw2s.py --task sciq --weak openai-community/gpt2 --strong openai-community/gpt2-large --device cuda
 """
@@ -44,20 +46,26 @@ def option(default, help: str, **kwargs):
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on; the flags of the command line are generated from it."""
-    task: str = option("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two models), "
-                               "sciq, boolq, cosmosqa, or FILE.jsonl")
-    weak: str = option("", "weak model: directory or hub id (the demo tasks bring their own)", metavar="MODEL")
+    task: str = option("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two "
+                               "models), sciq, boolq, cosmosqa, or FILE.jsonl")
+    weak: str = option("", "weak model: directory or hub id (the demo tasks bring their own)",
+                       metavar="MODEL")
     strong: str = option("", "strong pretrained model: directory or hub id", metavar="MODEL")
-    methods: tuple = option(DEFAULT_METHODS, "all, or some of: " + " ".join(METHOD_NAMES), nargs="+", metavar="METHOD",
-                            choices=METHOD_NAMES + ("all",))
+    methods: tuple = option(DEFAULT_METHODS, "all, or some of: " + " ".join(METHOD_NAMES), nargs="+",
+                            metavar="METHOD", choices=METHOD_NAMES + ("all",))
     seeds: tuple = option((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
-    protocol: str = option("paper", "items, halves and head as in method.md, or draw for draw as OpenAI's code", choices=("paper", "openai"))
+    protocol: str = option("paper", "items, halves and head as in method.md, or draw for draw as OpenAI's "
+                                    "code", choices=("paper", "openai"))
     shots: int = option(0, "solved examples from D_l in front of each question the strong model answers [D2]")
-    own: str = option("sum", "self-generated answer by option likelihood: summed, per token, less the option's "
-                             "unconditional one, or by judging the shown candidate [D1]", choices=("sum", "mean", "pmi", "judge"))
-    target: str = option("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]", choices=("hard", "soft"))
-    tau: object = option("auto", "P(IK) from which the own label is used; auto: cross-fitted weak accuracy on D_l [D4]", metavar="X")
-    anchors: int = option(1, "1: routed own labels stand in Y while the others are smoothed, 0: weak labels only [D5]", choices=(0, 1))
+    own: str = option("sum", "self-generated answer by option likelihood: summed, per token, less the "
+                             "option's unconditional one, or by judging the shown candidate [D1]",
+                      choices=("sum", "mean", "pmi", "judge"))
+    target: str = option("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]",
+                         choices=("hard", "soft"))
+    tau: object = option("auto", "P(IK) from which the own label is used; auto: cross-fitted weak accuracy "
+                                 "on D_l [D4]", metavar="X")
+    anchors: int = option(1, "1: routed own labels stand in Y while the others are smoothed, "
+                             "0: weak labels only [D5]", choices=(0, 1))
     alpha: object = option("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
     k: object = option("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
     gamma: float = option(3.0, "exponent of the affinity, max(0, cosine)^gamma")
@@ -65,31 +73,36 @@ class Config:
     epochs: int = option(2, "passes over the training items")
     batch: int = option(32, "items per update")
     lr: object = option("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
-    analysis: str = option("", "after the methods: P(IK) across tasks, across difficulties, or tau, alpha, k varied",
-                           choices=("cross-task", "difficulty", "sweep"))
-    difficulty: str = option("weak", "whose loss makes an item hard in --analysis difficulty", choices=("weak", "strong"))
+    analysis: str = option("", "after the methods: P(IK) across tasks, across difficulties, "
+                               "or tau, alpha, k varied", choices=("cross-task", "difficulty", "sweep"))
+    difficulty: str = option("weak", "whose loss makes an item hard in --analysis difficulty",
+                             choices=("weak", "strong"))
     limit: int = option(0, "use at most this many train and this many test questions (0: all)")
     device: str = option("cpu", "cpu, cuda, cuda:1 ...")
-    dtype: str = option("float32", "dtype of the pretrained weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = option("float32", "dtype of the pretrained weights",
+                        choices=("float32", "bfloat16", "float16"))
     data_dir: str = option("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
-    rerun: str = option("", "repeat the run of a result.json and compare: every other flag but --out, --data-dir is taken from it",
-                        metavar="FILE")
+    rerun: str = option("", "repeat the run of a result.json and compare: every other flag but --out, "
+                            "--data-dir is taken from it", metavar="FILE")
     out: str = option("runs", "results and the stage cache go here", metavar="DIR")
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """Config from the command line; a wrong flag ends the program with one line and exit code 2."""
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="selw2s.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Selective weak-to-strong generalization: finetune a strong model on a weak model's labels, on its own\n"
+        prog="selw2s.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=formatter,
+        description="Selective weak-to-strong generalization: finetune a strong model on a weak model's "
+                    "labels, on its own\n"
                     "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
     for f in fields(Config):
         spec = dict(f.metadata)
         kind = {"int": int, "float": float, "object": number_or_auto}.get(f.type, str)
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        spec["help"] += f" (default: {'default set' if f.name == 'methods' else shown})" if shown not in ("", 0) else ""
+        if shown not in ("", 0):
+            spec["help"] += f" (default: {'default set' if f.name == 'methods' else shown})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **{"type": kind, **spec})
-    parser._get_formatter = lambda: argparse.RawDescriptionHelpFormatter("selw2s.py", width=118, max_help_position=24)
+    parser._get_formatter = lambda: formatter("selw2s.py", width=118, max_help_position=24)
     values = vars(parser.parse_args(argv))
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     if "all" in values["methods"]:
@@ -99,7 +112,8 @@ def parse(argv: list[str] | None = None) -> Config:
     if config.rerun:
         return config
     if not config.task.startswith("demo-") and not (config.weak and config.strong):
-        parser.error(f"--task {config.task} needs --weak MODEL and --strong MODEL (only the demo tasks bring their own)")
+        parser.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
+                     "(only the demo tasks bring their own)")
     if config.task.endswith(".jsonl") and config.analysis == "cross-task":
         parser.error("--analysis cross-task needs a demo or an official task")
     return config
@@ -124,14 +138,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import DEMO, OFFICIAL, DataError, completion, halves, items, load_task, prompt
-from data.report import accuracy, auroc, brier, cross_entropy, diagnose, ece, figures, pgr, summarise, table  # noqa: F401
+from data.report import accuracy, auroc, brier, cross_entropy, diagnose, ece, figures, pgr  # noqa: F401
+from data.report import summarise, table
 from graph import affinity, knn, normalise, propagate
 from model import LoadError, TrainError, finetune, load, read
 
 HERE = Path(__file__).resolve().parent
 
 
-# ---------------------------------------------------------------------------------------------------------------- P(IK)
+# ------------------------------------------------------------------------------------------------------ P(IK)
 class Probe(NamedTuple):
     """A linear probe: P(y = 1 | features) = sigmoid(features @ weight + bias). Fields in float64."""
     weight: Tensor      # (C,)
@@ -141,15 +156,16 @@ class Probe(NamedTuple):
     loss: float         # out-of-fold cross-entropy, nats (nan when l2 was given)
 
     def predict(self, features: Tensor) -> Tensor:
-        """features (N, C) -> (N,) probability, float64."""
-        return torch.sigmoid(features.double() @ self.weight + self.bias)
+        """features (N, C) -> (N,) probability, float64, where the features are."""
+        w, b = self.weight.to(features.device), self.bias.to(features.device)
+        return torch.sigmoid(features.double() @ w + b)
 
 
 def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> Tensor:
-    """argmin over w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, the last entry (bias) unpenalised; gradient norm <= tol.
+    """argmin_w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, bias (last entry) unpenalised; gradient norm <= tol.
 
-    x (N, C + 1) float64 with a last column of ones, y (N,) in [0, 1], w (C + 1,) start. Newton's method; each step by
-    conjugate gradients, so that a width of thousands costs matrix-vector products only. Raises if it does not converge."""
+    x (N, C + 1) float64, last column ones, y (N,) in [0, 1], w (C + 1,) start. Newton's method, each step by
+    conjugate gradients: a width of thousands costs matrix-vector products only. Raises if not converged."""
     penalty = torch.full_like(w, l2)
     penalty[-1] = 0
 
@@ -180,12 +196,13 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
     raise ArithmeticError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
 
 
-def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold: Tensor | None = None) -> Probe:
-    """Linear probe by L2 logistic regression, solved to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
+def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
+              fold: Tensor | None = None) -> Probe:
+    """Linear probe: L2 logistic regression to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
 
-    features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together (groups must not
-    straddle folds; default: five by position). l2=None: chosen by held-out cross-entropy. Features are standardised
-    inside; the returned weights apply to raw features."""
+    features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together
+    (groups must not straddle folds; default: five by position). l2=None: chosen by held-out cross-entropy.
+    Features are standardised inside; the returned weights apply to raw features."""
     x, y = features.double(), target.double()
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (N, C + 1)
@@ -193,7 +210,7 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold
     best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
     if l2 is None:
         candidates, warm = {}, {int(f): start for f in fold.unique()}
-        for trial in (10.0, 1.0, 0.3, 0.1, 0.03, 0.01):     # from strong to weak: each fit starts from the one before
+        for trial in (10.0, 1.0, 0.3, 0.1, 0.03, 0.01):     # strong to weak: each fit starts from the last
             p = torch.empty_like(y)
             for f, w in warm.items():
                 warm[f] = w = logistic(x[fold != f], y[fold != f], trial, w, tol=1e-5)
@@ -206,7 +223,7 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold
     return Probe(weight, w[-1] - weight @ mean, l2, held_out, best)
 
 
-# ------------------------------------------------------------------------------------------------------ route and smooth
+# ------------------------------------------------------------------------------------------- route and smooth
 def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Tensor, Tensor]:
     """The selection (paper, abstract): own label where P(IK) >= tau, weak label elsewhere [D4].
 
@@ -216,16 +233,16 @@ def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Te
 
 
 def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) -> Tensor:
-    """Smoothed P(y = 1) of N items, (N,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of their hidden states.
+    """Smoothed P(y = 1) (N,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of the items' hidden states.
 
-    features (N, C) hidden states at the item's last token, prior (N,) P(y = 1). alpha = 0 returns prior itself."""
+    features (N, C) hidden states at the item's last token, prior (N,) P(y = 1). alpha = 0: prior itself."""
     if alpha == 0:
         return prior
     return smoothed(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
 
 
 def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k nearest by cosine of the centred features: one common direction dominates raw hidden states (peers' lesson)."""
+    """k nearest by cosine, features centred: one direction dominates raw hidden states (peers' lesson)."""
     x = features.float()
     return knn(x - x.mean(0), min(k, len(x) - 1))
 
@@ -233,44 +250,48 @@ def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
     """{(alpha, k): (N,)} from one neighbour list: the k nearest are the first k columns."""
     index, similarity = graph
-    Y = torch.stack([1 - prior, prior], 1)                                  # (N, 2)
+    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (N, 2)
     out = {}
     for k in ks:
         S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
         for alpha in alphas:
             result = propagate(S, Y, alpha)
             if result.residual > 1e-5:
-                raise ArithmeticError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
-            out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float()
+                raise ArithmeticError("propagation not converged "
+                                      f"(alpha {alpha}, residual {result.residual:.1e})")
+            out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float().to(prior.device)
     return out
 
 
 class Smoothing(NamedTuple):
-    """What was chosen on D_l: layer (column of the hidden states read), alpha, k; label accuracy there before and after."""
-    layer: int
+    """What was chosen on D_l, and the label accuracy there before and after."""
+    layer: int          # column of the hidden states read
     alpha: float
     k: int
     before: float | None
     after: float | None
 
 
-def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, config: Config) -> Smoothing:
-    """alpha, k and layer that make the labels of the given rows of D_l most accurate; alpha = 0 unless one does [D6].
+def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor,
+                     config: Config) -> Smoothing:
+    """alpha, k, layer that make the given rows' labels on D_l most accurate; alpha = 0 unless one does [D6].
 
-    features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that would be
-    smoothed. A candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
-    the best of many noisy candidates looks better than it is."""
+    features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that
+    would be smoothed. A candidate must beat no smoothing by two standard errors of the paired difference, or
+    smoothing stays off: the best of many noisy candidates looks better than it is."""
     alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
-    ks = tuple(k for k in ((5, 10, 20, 50) if config.k == "auto" else (config.k,)) if k < len(prior)) or (len(prior) - 1,)
+    ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
+    ks = tuple(k for k in ks if k < len(prior)) or (len(prior) - 1,)
     if not rows.any():
         return Smoothing(0, 0.0, ks[0], None, None)
     right = ((prior > 0.5) == (truth > 0.5))[rows].double()
     best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
     if alphas == (0.0,):
         return best
-    best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is used whatever it does
+    best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is always used
     for layer in range(features.shape[1]):
-        for (alpha, k), p in smoothed(neighbours(features[:, layer], max(ks)), prior, alphas, ks, config.gamma).items():
+        graph = neighbours(features[:, layer], max(ks))
+        for (alpha, k), p in smoothed(graph, prior, alphas, ks, config.gamma).items():
             gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
             bar = 2 * gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
             if gain.mean() > bar and right.mean() + gain.mean() > best.after:
@@ -278,10 +299,10 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
     return best
 
 
-# ------------------------------------------------------------------------------------------------- targets of the losses
+# -------------------------------------------------------------------------------------- targets of the losses
 def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
-    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t such that as many of the batch are positive
-    as the weak labels say; a grows linearly to a_max over the first fifth of training and stays there, with no jump."""
+    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
+    positive as the weak labels say; a grows linearly to a_max in the first fifth of steps, no jump."""
     a = a_max * min(1.0, fraction / ramp)
     positives = int(round(float(w.mean()) * len(w)))
     hard = torch.zeros_like(w)
@@ -290,14 +311,14 @@ def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ra
 
 
 def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
-    """Target proportional to student times weak probability, renormalised (Lang et al. 2025, arXiv 2501.13124)."""
+    """Target: student times weak probability, renormalised (Lang et al. 2025, arXiv 2501.13124)."""
     yes, no = p * w, (1 - p) * (1 - w)
     return yes / (yes + no).clamp_min(1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ the stages
+# ------------------------------------------------------------------------------------------------- the stages
 def digest(*parts) -> str:
-    """SHA-256 of the content of all parts: tensors by their bytes, functions by their source, the rest by repr."""
+    """SHA-256 of the content of all parts: tensors by bytes, functions by source, the rest by repr."""
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -311,19 +332,20 @@ def digest(*parts) -> str:
 class Stages:
     """Finished stages on disk: <out>/cache/<stage>-<sha256 of all that the stage depends on>.safetensors.
 
-    The inputs themselves are hashed (token ids, targets, numbers, checkpoint, source of model.py), so a file can never be
-    stale, and equal work is done once, whichever method, seed or run asks for it."""
+    The inputs themselves are hashed (token ids, targets, numbers, checkpoint, source of model.py), so a file
+    can never be stale, and equal work is done once, whichever method, seed or run asks for it."""
 
     def __init__(self, directory: Path, tell: Callable[[str], None]):
         self.directory, self.tell, self.log = directory, tell, []
         self.source = digest(*(HERE.joinpath(name).read_text() for name in ("model.py",)), torch.__version__,
                              torch.get_num_threads())
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(".*"):       # half-written by a killed run, a day old: no living run writes it
+        for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
-    def __call__(self, name: str, depends: tuple, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def __call__(self, name: str, depends: tuple,
+                 compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         path = self.directory / f"{name}-{digest(name, self.source, *depends)}.safetensors"
         if path.exists():
             try:
@@ -353,7 +375,7 @@ class Stages:
 
 
 def peak_gb() -> float:
-    """Peak memory so far in GB: of the GPU where there is one (since the stage began), else of this process."""
+    """Peak memory so far in GB: of the GPU if there is one (since the stage began), else of this process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     import resource
@@ -361,7 +383,7 @@ def peak_gb() -> float:
 
 
 class Side(NamedTuple):
-    """One of the two models: network, tokenizer, SHA-256 of its files, learning rate."""
+    """One of the two pretrained models: network, tokenizer, SHA-256 of its files, learning rate."""
     model: object
     tokenizer: object
     sha256: str
@@ -369,7 +391,7 @@ class Side(NamedTuple):
 
 
 def open_side(source: str, config: Config) -> Side:
-    """Load a checkpoint. Learning rate auto: Burns' 1e-5 from a billion parameters on, 5e-5 below, 5e-4 below 50M [D9]."""
+    """Load a checkpoint. lr auto: Burns' 1e-5 from a billion parameters, 5e-5 below, 5e-4 below 50M [D9]."""
     model, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
     size = sum(p.numel() for p in model.params.values())
     auto = 1e-5 if size >= 1e9 else 5e-5 if size >= 5e7 else 5e-4
@@ -383,14 +405,17 @@ def open_side(source: str, config: Config) -> Side:
 
 def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Config, seed: int, stages: Stages,
             target_fn=None) -> dict[str, Tensor]:
-    """Finetune the side's pretrained model on (sequences, targets (n,)); {"p": P(y = 1) (len(ask),), "weights": hash}."""
+    """Finetune the side's model on sequences, targets (n,): {"p": P(y = 1) (len(ask),), "weights": hash}."""
     settings = dict(lr=side.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune)
 
     def compute():
-        student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name), **settings)
+        student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name),
+                           **settings)
         weights = digest(*(t for _, t in sorted(student.state().items())))
-        return {"p": student.predict(ask), "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
-    return stages(name, (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask), compute)
+        return {"p": student.predict(ask),
+                "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
+    depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask)
+    return stages(name, depends, compute)
 
 
 def counter(name: str):
@@ -400,15 +425,16 @@ def counter(name: str):
     def show(step, steps, loss):
         if sys.stderr.isatty() and (time.monotonic() - shown[0] > 0.5 or step == steps):
             shown[0] = time.monotonic()
-            print(f"\r{name} {step}/{steps}" if step < steps else "\r\033[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{name} {step}/{steps}" if step < steps else "\r\033[K", end="", file=sys.stderr,
+                  flush=True)
     return show
 
 
 def cut(tokenizer, prompts: list[str], completions: list[list[str]]):
-    """Token ids of prompts (N) and of completions (N x K), cut where prompt + completion stops being the prompt.
+    """Token ids of prompts (N) and completions (N x K), cut where prompt + completion stops being the prompt.
 
-    The whole text is tokenised, then cut: a tokenizer may merge across the seam, and then the merged token counts to
-    the completion, in all completions of that question alike."""
+    The whole text is tokenised, then cut: a tokenizer may merge across the seam, and then the merged token
+    counts to the completion, in all completions of that question alike."""
     alone = tokenizer.encode(prompts)
     whole = iter(tokenizer.encode([p + c for p, cs in zip(prompts, completions) for c in cs]))
     heads, tails = [], []
@@ -429,20 +455,21 @@ class Elicited(NamedTuple):
     item: Tensor        # (N, R, C) hidden states at the item's last token
 
 
-JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"      # after Burns et al., Table 2
+JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"  # after Burns' Table 2
 
 
 def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages, tell) -> Elicited:
-    """Self-generated labels [D1, D2]: the option with the largest log-likelihood given the question is the own answer;
-    the own label of an item is 1 if the candidate it shows is that answer. Zero- or k-shot."""
-    layers = tuple(dict.fromkeys((strong.model.config.layers // 2, 3 * strong.model.config.layers // 4, None)))
+    """Self-generated labels [D1, D2]: the option with the largest log-likelihood given the question is the
+    own answer; the own label of an item is 1 if the candidate it shows is that answer. Zero- or k-shot."""
+    depth = strong.model.config.layers
+    layers = tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))
 
     def ask(name, prompts, completions, pick):
         heads, tails = cut(strong.tokenizer, prompts, completions)
         longest = max(len(h) + max(map(len, t)) for h, t in zip(heads, tails))
         if longest > strong.model.config.context:
-            raise DataError(f"a prompt of {longest} tokens is over the strong model's {strong.model.config.context}: "
-                            f"use fewer --shots or shorter questions")
+            raise DataError(f"a prompt of {longest} tokens is over the strong model's "
+                            f"{strong.model.config.context}: use fewer --shots or shorter questions")
         return stages(name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
                       lambda: read(strong.model, heads, tails, pick, layers=layers)._asdict())
 
@@ -454,8 +481,9 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages,
     if config.own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
     elif config.own == "pmi":
-        last = [prompt(q).split()[-1] for q in questions]                   # "A:", "Answer:": nothing of the question
-        score = score - ask("read-unconditional", last, completions, [-1] * len(rows))["loglik"].nan_to_num(neginf=0.0)
+        last = [prompt(q).split()[-1] for q in questions]           # "A:", "Answer:": nothing of the question
+        alone = ask("read-unconditional", last, completions, [-1] * len(rows))["loglik"]
+        score = score - alone.nan_to_num(neginf=0.0)
     elif config.own == "judge":
         score = ask("read-judge", [before + row.text + JUDGE for row in rows], [[" 0", " 1"]] * len(rows),
                     [-1] * len(rows))["loglik"]
@@ -465,9 +493,9 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages,
     return Elicited(belief, (belief.argmax(1) == shown).float(), reading["prompt"], reading["item"])
 
 
-# ---------------------------------------------------------------------------------------------------------- the pipeline
+# ----------------------------------------------------------------------------------------------- the pipeline
 class Prepared(NamedTuple):
-    """Steps 1 to 3 of one seed. Rows are items: D_l (n_l) first, then D_u (n_u), then test. Truth: of D_l only."""
+    """Steps 1 to 3 of one seed. Rows are items: D_l (n_l), then D_u (n_u), then test. Truth: of D_l only."""
     rows: list          # N items
     questions: list     # N questions; their answers are read for D_l, for the metrics and for nothing else
     n_l: int
@@ -483,11 +511,11 @@ class Prepared(NamedTuple):
     prompt: Tensor      # (N, R, C) hidden states where the question ends
     item: Tensor        # (N, R, C) hidden states where the item ends
     fold: Tensor        # (n_l,) fold of the item's group
-    usable: Tensor      # (n_l,) bool: not one of the few-shot examples, whose answer stood in their own prompt
+    usable: Tensor      # (n_l,) bool: not one of the few-shot examples, whose answer stood in their prompt
 
 
 def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> Prepared:
-    """1. Split and format. 2. Weak supervisor on D_l, its soft labels on D_u. 3. The strong model's own answers."""
+    """1. Split and format. 2. Weak supervisor on D_l, soft labels on D_u. 3. Strong model's own answers."""
     question = {q.id: q for q in task.train + task.test}
     drawn = items(task.train, protocol=config.protocol, seed=seed)
     labelled, transfer = halves(drawn, task.train, protocol=config.protocol, seed=seed)
@@ -495,25 +523,32 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
     rows, n_l, n_u = labelled + transfer + test, len(labelled), len(transfer)
     truth = torch.tensor([float(item.label) for item in labelled])
     texts = [row.text for row in rows]
-    tell(f"1 split    {n_l:,} labelled, {n_u:,} transfer, {len(test):,} test items   e.g. {texts[0]!r:.70} -> {labelled[0].label}")
+    tell(f"1 split    {n_l:,} labelled, {n_u:,} transfer, {len(test):,} test items   "
+         f"e.g. {texts[0]!r:.70} -> {labelled[0].label}")
 
     ids = weak.tokenizer.encode(texts)
     supervisor = trained("weak", weak, ids[:n_l], truth, ids[n_l:], config, seed, stages)
-    cross, at = torch.empty(n_l), {item.id: i for i, item in enumerate(labelled)}   # the only view of weak errors that owns truth
-    folds = [[at[item.id] for item in half] for half in halves(labelled, task.train, protocol="paper", seed=seed)]
+    # cross: the only view of weak errors that owns truth
+    cross, at = torch.empty(n_l), {item.id: i for i, item in enumerate(labelled)}
+    folds = [[at[item.id] for item in half]
+             for half in halves(labelled, task.train, protocol="paper", seed=seed)]
     for i, (fit, ask) in enumerate((folds, folds[::-1])):
-        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth[fit], [ids[j] for j in ask], config, seed, stages)["p"]
+        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth[fit], [ids[j] for j in ask],
+                             config, seed, stages)["p"]
     tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
 
-    shots = [question[labelled[i].question_id] for i in np.random.default_rng(seed).choice(n_l, config.shots, replace=False)]
+    picked = np.random.default_rng(seed).choice(n_l, config.shots, replace=False)
+    shots = [question[labelled[i].question_id] for i in picked]
     asked = [question[row.question_id] for row in rows]
     told = elicit(config, strong, rows, asked, shots, stages, tell)
     gold = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(labelled, asked)])
-    tell(f"3 own      strong model's own answers right on {(told.belief[:n_l].argmax(1) == gold).double().mean():.3f} of D_l's "
-         f"questions (one pass over {len(rows):,} questions)")
+    right = (told.belief[:n_l].argmax(1) == gold).double().mean()
+    tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions "
+         f"(one pass over {len(rows):,} questions)")
     group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
-    return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, supervisor["p"], hexed(supervisor),
-                    told.own, told.belief, gold, told.prompt, told.item, torch.tensor([group[q.group] % 5 for q in asked[:n_l]]),
+    fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
+    return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, supervisor["p"],
+                    hexed(supervisor), told.own, told.belief, gold, told.prompt, told.item, fold,
                     torch.tensor([q not in shots for q in asked[:n_l]]))
 
 
@@ -525,15 +560,17 @@ class Known(NamedTuple):
 
 
 def know(config: Config, p: Prepared, rows: Tensor | None = None) -> Known:
-    """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l (or on some rows of it); target: own
-    answer right [D3]; layer and L2 by cross-validation on D_l, folds by group."""
+    """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l (or on some rows of
+    it); target: own answer right [D3]; layer and L2 by cross-validation on D_l, folds by group."""
     belief = p.belief[:p.n_l]
-    target = (belief.argmax(1) == p.gold).double() if config.target == "hard" else belief.gather(1, p.gold[:, None])[:, 0]
+    target = ((belief.argmax(1) == p.gold).double() if config.target == "hard"
+              else belief.gather(1, p.gold[:, None])[:, 0])
     use = (p.usable if rows is None else p.usable & rows).nonzero()[:, 0]
-    probes = [fit_probe(p.prompt[use, r], target[use], fold=p.fold[use]) for r in range(p.prompt.shape[1])]
+    probes = [fit_probe(p.prompt[use, r].to(config.device), target[use].to(config.device), fold=p.fold[use])
+              for r in range(p.prompt.shape[1])]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
     p_ik = probes[layer].predict(p.prompt[:, layer])
-    p_ik[use] = probes[layer].held_out
+    p_ik[use] = probes[layer].held_out.cpu()
     return Known(p_ik.float(), layer, probes[layer])
 
 
@@ -557,25 +594,28 @@ def select(config: Config, p: Prepared, p_ik: Tensor) -> Selected:
     routed_l, is_self_l = route(p_ik[L], p.own[L], p.cross, tau)
 
     prior, prior_l = (routed, routed_l) if config.anchors else (weak, p.cross)                      # [D5]
-    chosen = choose_smoothing(p.item[L], prior_l, p.truth, ~is_self_l, config)                      # [D6]
-    alone = choose_smoothing(p.item[L], p.cross, p.truth, torch.ones_like(is_self_l), config)
-    refined = smooth(p.item[U, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
-    smoothed_weak = smooth(p.item[U, alone.layer], weak, alone.alpha, alone.k, config.gamma)
-    return Selected(tau, is_self, routed, refined, torch.where(is_self, p.own[U], refined), smoothed_weak, chosen, alone)
+    item_l, item_u = p.item[L].to(config.device), p.item[U].to(config.device)
+    chosen = choose_smoothing(item_l, prior_l, p.truth, ~is_self_l, config)                         # [D6]
+    alone = choose_smoothing(item_l, p.cross, p.truth, torch.ones_like(is_self_l), config)
+    refined = smooth(item_u[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
+    smoothed_weak = smooth(item_u[:, alone.layer], weak, alone.alpha, alone.k, config.gamma)
+    selective = torch.where(is_self, p.own[U], refined)
+    return Selected(tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone)
 
 
 def trust(p: Prepared, p_ik: Tensor) -> Tensor:
-    """Per-item router, the symmetric form: own label where P(IK) >= P(weak label right), a second linear probe."""
+    """Per-item router, the symmetric form: own label where P(IK) >= P(weak right), a second linear probe."""
     U, right = slice(p.n_l, p.n_l + p.n_u), (p.cross > 0.5) == (p.truth > 0.5)
     probe = fit_probe(p.item[:p.n_l, -1], right.double(), fold=p.fold)
     return route(p_ik[U], p.own[U], p.weak[:p.n_u], probe.predict(p.item[U, -1]))[0]
 
 
 def surer_half(weak: Tensor) -> Tensor:
-    """Indices of the more confident half of each predicted class, so that the class balance survives [D10]."""
+    """Indices of the more confident half of each predicted class, so that class balance survives [D10]."""
     sure = (weak - 0.5).abs()
     classes = ((weak > 0.5).nonzero()[:, 0], (weak <= 0.5).nonzero()[:, 0])
-    return torch.cat([c[sure[c].argsort(descending=True, stable=True)[:(len(c) + 1) // 2]] for c in classes]).sort().values
+    surer = [c[sure[c].argsort(descending=True, stable=True)[:(len(c) + 1) // 2]] for c in classes]
+    return torch.cat(surer).sort().values
 
 
 def hidden_truth(p: Prepared) -> Tensor:
@@ -587,10 +627,11 @@ def hexed(out: dict[str, Tensor]) -> str:
     return bytes(out["weights"].tolist()).hex()
 
 
-def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Side, seed: int, stages: Stages, tell):
-    """7. Students: the pretrained strong model finetuned on each set of labels. {method: (labels, P(y = 1), weights)}."""
+def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Side, seed: int,
+             stages: Stages, tell):
+    """7. The pretrained strong model finetuned on each label set: {method: (labels, P(y = 1), weights)}."""
     U, weak, own = torch.arange(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u], p.own[p.n_l:p.n_l + p.n_u]
-    recipes = {     # name: (training rows, their targets, rule that makes the target of student and weak probability)
+    recipes = {     # name: (training rows, their targets, rule: target from student and weak probability)
         "ceiling": lambda: (U, hidden_truth(p), None),
         "naive": lambda: (U, weak, None),
         "logconf": lambda: (U, weak, log_confidence),
@@ -608,7 +649,8 @@ def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Sid
 
     def student(name):
         rows, targets, rule = recipes[name]()
-        out = trained(name, strong, [p.ids[i] for i in rows], targets, p.ids[p.n_l:], config, seed, stages, rule)
+        out = trained(name, strong, [p.ids[i] for i in rows], targets, p.ids[p.n_l:], config, seed, stages,
+                      rule)
         return targets if rows is U else None, out["p"], hexed(out)
 
     done = {"weak": (weak, p.weak, p.weak_weights)}
@@ -630,13 +672,13 @@ def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: 
     c = s.chosen
     tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
     tell("6 smooth   nothing left to smooth: every label is the strong model's own" if c.before is None else
-         f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels {c.before:.3f} -> {c.after:.3f}"
-         + ("" if c.alpha else " (off: no smoothing helps there)"))
+         f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
+         f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
     return pack(config, p, known, s, students(config, p, s, known.p_ik, strong, seed, stages, tell), seed)
 
 
 def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
-    """All arrays and choices of one seed under the names of items.npz and result.json; here metrics may read the truth."""
+    """One seed's arrays and choices, as named in items.npz, result.json; here metrics may read the truth."""
     n_l, n_u = p.n_l, p.n_u
     own_right, truth = judged_right(config, p), torch.tensor([float(row.label) for row in p.rows])
     index, _ = neighbours(p.item[n_l:n_l + n_u, s.chosen_alone.layer], 10)
@@ -646,25 +688,29 @@ def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, see
         arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_p": p.belief[a:b].amax(1).float(),
                   "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
                   **{f"p/{name}": out[1][a - n_l:b - n_l] for name, out in done.items()}}
-        return {"id": np.array([row.id for row in p.rows[a:b]])} | {key: x.numpy() for key, x in arrays.items()}
+        ids = np.array([row.id for row in p.rows[a:b]])
+        return {"id": ids} | {key: x.numpy() for key, x in arrays.items()}
     labels = {f"label/{name}": out[0] for name, out in done.items() if out[0] is not None}
-    sources = {"weak": p.weak[:n_u], "is_self": s.is_self, "refined": s.refined, "smoothed_weak": s.smoothed_weak}
-    return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2, "smoothing": s.chosen._asdict(),
-            "smoothing_graph_only": s.chosen_alone._asdict(), "homophily": homophily,
-            "weights": {name: out[2] for name, out in done.items()},
+    sources = {"weak": p.weak[:n_u], "is_self": s.is_self, "refined": s.refined,
+               "smoothed_weak": s.smoothed_weak}
+    return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2,
+            "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
+            "homophily": homophily, "weights": {name: out[2] for name, out in done.items()},
             "n": {"labelled": n_l, "transfer": n_u, "test": len(p.rows) - n_l - n_u},
             "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
             "transfer": part(n_l, n_l + n_u, sources | labels), "test": part(n_l + n_u, len(p.rows), {})}
 
 
-# -------------------------------------------------------------------------------------------------------------- analyses
+# --------------------------------------------------------------------------------------------------- analyses
 def judged_right(config: Config, p: Prepared) -> Tensor:
     """(N,) 1 where the strong model's own answer is right; reads the truth of all rows: for metrics."""
-    answers = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(p.rows, p.questions)])
+    answers = torch.tensor([row.label if config.own == "judge" else q.answer
+                            for row, q in zip(p.rows, p.questions)])
     return (p.belief.argmax(1) == answers).float()
 
 
-def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed: int, stages: Stages, method="selective"):
+def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed: int, stages: Stages,
+                   method="selective"):
     """One student and what went into it: metrics of an analysis."""
     s = select(config, p, p_ik)
     only = replace(config, methods=(method,))
@@ -677,10 +723,11 @@ def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed
 
 
 def cross_task(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """P(IK) trained on one task's D_l and used on another's D_u, all pairs: {"A -> B": [metrics per seed]} (paper, abstract)."""
+    """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}."""
     out = {}
     for seed in config.seeds:
-        prepared = {name: prepare(config, task, weak, strong, seed, stages, tell) for name, task in tasks.items()}
+        prepared = {name: prepare(config, task, weak, strong, seed, stages, tell)
+                    for name, task in tasks.items()}
         known = {name: know(config, p) for name, p in prepared.items()}
         for (a, k), (b, p) in product_of(known.items(), prepared.items()):
             p_ik = k.p_ik if a == b else k.probe.predict(p.prompt[:, k.layer]).float()
@@ -689,38 +736,43 @@ def cross_task(config: Config, tasks: dict, weak: Side, strong: Side, stages: St
 
 
 def difficulty(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """P(IK) trained on the easy or the hard half of D_l, measured on the easy and the hard half of D_u (paper, abstract).
+    """P(IK) trained on the easy or hard half of D_l, measured on both halves of D_u (paper, abstract).
 
-    Difficulty of an item: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
+    Difficulty: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
     out = {}
     for seed in config.seeds:
         p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
         truth, U = torch.tensor([float(row.label) for row in p.rows]), slice(p.n_l, p.n_l + p.n_u)
-        answers = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(p.rows, p.questions)])
+        answers = torch.tensor([row.label if config.own == "judge" else q.answer
+                                for row, q in zip(p.rows, p.questions)])
         guess = torch.cat([p.cross, p.weak])
-        p_gold = {"weak": torch.where(truth > 0.5, guess, 1 - guess), "strong": p.belief.gather(1, answers[:, None])[:, 0]}
-        easy = {part: x > x.median() for part, x in (("L", p_gold[config.difficulty][:p.n_l]), ("U", p_gold[config.difficulty][U]))}
+        p_gold = {"weak": torch.where(truth > 0.5, guess, 1 - guess),
+                  "strong": p.belief.gather(1, answers[:, None])[:, 0]}[config.difficulty]
+        easy = {part: x > x.median() for part, x in (("L", p_gold[:p.n_l]), ("U", p_gold[U]))}
         right = judged_right(config, p)[U]
         for name, rows in (("all", easy["L"] | True), ("easy", easy["L"]), ("hard", ~easy["L"])):
             p_ik = know(config, p, rows).p_ik
             metrics = routed_student(config, p, p_ik, strong, seed, stages)
             for part, at in (("easy", easy["U"]), ("hard", ~easy["U"])):
-                metrics[f"auroc_on_{part}"], metrics[f"ece_on_{part}"] = auroc(p_ik[U][at], right[at]), ece(p_ik[U][at], right[at])
+                metrics[f"auroc_on_{part}"] = auroc(p_ik[U][at], right[at])
+                metrics[f"ece_on_{part}"] = ece(p_ik[U][at], right[at])
             out.setdefault(f"trained on {name}", []).append(metrics)
     return out
 
 
 def sweep(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """Labels and student as tau, alpha and k vary one at a time; read on D_u and test, so nothing may be chosen from it."""
+    """Labels and student as tau, alpha, k vary one at a time; read on D_u and test: choose nothing by it."""
     out = {}
     for seed in config.seeds:
         p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
         p_ik = know(config, p).p_ik
         for method, flag, values in (("route-only", "tau", (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)),
-                                     ("graph-only", "alpha", (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)), ("graph-only", "k", (5, 10, 20, 50))):
+                                     ("graph-only", "alpha", (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)),
+                                     ("graph-only", "k", (5, 10, 20, 50))):
             for value in values:
                 other = {"alpha": 0.7} if flag == "k" else {"k": 10} if flag == "alpha" else {}
-                metrics = routed_student(replace(config, **other, **{flag: value}), p, p_ik, strong, seed, stages, method)
+                varied = replace(config, **other, **{flag: value})
+                metrics = routed_student(varied, p, p_ik, strong, seed, stages, method)
                 out.setdefault(f"{flag} {value:g} ({method})", []).append(metrics)
     return out
 
@@ -733,7 +785,8 @@ def analyse(config: Config, task, weak: Side, strong: Side, stages: Stages, tell
     tasks = {config.task: task}
     if config.analysis == "cross-task":
         family = DEMO[1:] if config.task in DEMO else OFFICIAL
-        tasks = {name: fit(load_task(name, data_dir=config.data_dir or None), (weak, strong), config, tell) for name in family}
+        tasks = {name: fit(load_task(name, data_dir=config.data_dir or None), (weak, strong), config, tell)
+                 for name in family}
     out = ANALYSES[config.analysis](config, tasks, weak, strong, stages, tell)
     columns = [c for c in next(iter(out.values()))[0] if c != "seed"]
     print(f"\n{config.analysis:32}" + "".join(f"{c:>16}" for c in columns))
@@ -743,10 +796,10 @@ def analyse(config: Config, task, weak: Side, strong: Side, stages: Stages, tell
     return out
 
 
-# -------------------------------------------------------------------------------------------------------------- 8. Report
+# -------------------------------------------------------------------------------------------------- 8. Report
 def fit(task, sides, config: Config, tell):
-    """The task with over-long contexts cut at their end, by words, until every item fits both models: the same text for
-    both, no item dropped (the public code drops them from train and test) [D11]. At most --limit questions of each part."""
+    """The task, over-long contexts cut at the end, by words, until all fit both models: one text for both, no
+    item dropped (the public code drops in train and test) [D11]. At most --limit questions a part."""
     room = min(1024, *(side.model.config.context for side in sides))
     shortened = 0
 
@@ -756,25 +809,28 @@ def fit(task, sides, config: Config, tell):
 
     def cut_one(q):
         nonlocal shortened
-        if len(prompt(q)) + max(map(len, q.options)) + 16 <= room or (over := excess(q)) <= 0:  # a token is a character or more
+        # a token is a character or more
+        if len(prompt(q)) + max(map(len, q.options)) + 16 <= room or (over := excess(q)) <= 0:
             return q
         shortened += 1
         words = q.context.split(" ")
         while over > 0:
             words = words[:-max(1, over // 4)]
             if not words:
-                raise DataError(f"question {q.id} is {over} tokens over the models' {room} even without its context: shorten it")
+                raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
+                                "even without its context: shorten it")
             q = q._replace(context=" ".join(words))
             over = excess(q)
         return q
-    parts = {part: [cut_one(q) for q in getattr(task, part)[:config.limit or None]] for part in ("train", "test")}
+    parts = {part: [cut_one(q) for q in getattr(task, part)[:config.limit or None]]
+             for part in ("train", "test")}
     if shortened:
         tell(f"data      {shortened} contexts cut at their end to fit {room} tokens")
     return task._replace(**parts)
 
 
 def run(config: Config) -> dict:
-    """The whole method for every seed; writes <out>/<task>/<run id>/{items.npz, result.json} and returns the result."""
+    """The method for all seeds; writes <out>/<task>/<run id>/{items.npz, result.json}, returns the result."""
     start = time.perf_counter()
 
     def tell(line: str):
@@ -796,26 +852,31 @@ def run(config: Config) -> dict:
         runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
     metrics = summarise(runs, config.methods)
     analysis = analyse(config, task, weak, strong, stages, tell) if config.analysis else None
-    sources = {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest()
-               for f in sorted([HERE / "selw2s.py", HERE / "model.py", HERE / "graph.py", *HERE.glob("data/*.py")])}
+    files = sorted([HERE / "selw2s.py", HERE / "model.py", HERE / "graph.py", *HERE.glob("data/*.py")])
+    sources = {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "data_dir")}
     run_id = digest(identity, task.sha256, weak.sha256, strong.sha256, sources)[:12]
     folder = Path(config.out) / task.name / run_id
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "schema": 1, "command": "python selw2s.py " + " ".join(sys.argv[1:]), "config": asdict(config),
-        "code": sources, "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test)},
-        "models": {"weak": weak.sha256, "strong": strong.sha256, "lr": {"weak": weak.lr, "strong": strong.lr}},
-        "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "device": config.device,
+        "code": sources,
+        "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test)},
+        "models": {"weak": weak.sha256, "strong": strong.sha256,
+                   "lr": {"weak": weak.lr, "strong": strong.lr}},
+        "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "device": config.device,
                 "gpu": torch.cuda.get_device_name() if config.device.startswith("cuda") else None,
                 "threads": torch.get_num_threads()},
         "stages": stages.log, "seconds": round(time.perf_counter() - start, 2), "metrics": metrics,
-        "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")} | {"diagnostics": diagnose(r, config.methods)}
-                  for r in runs],
+        "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")}
+                  | {"diagnostics": diagnose(r, config.methods)} for r in runs],
         "analysis": analysis, "finished": True}
-    arrays = {f"seed{r['seed']}/{part}/{k}": v for r in runs for part in ("transfer", "test") for k, v in r[part].items()}
-    for name, write in (("items.npz", lambda f: np.savez_compressed(f, **arrays)),
-                        ("result.json", lambda f: f.write(json.dumps(result, indent=1, allow_nan=False).encode()))):
+    arrays = {f"seed{r['seed']}/{part}/{k}": v
+              for r in runs for part in ("transfer", "test") for k, v in r[part].items()}
+    for name, write in (
+            ("items.npz", lambda f: np.savez_compressed(f, **arrays)),
+            ("result.json", lambda f: f.write(json.dumps(result, indent=1, allow_nan=False).encode()))):
         temporary = folder / f".{name}.{os.getpid()}"
         with open(temporary, "wb") as f:
             write(f)
@@ -829,8 +890,8 @@ def run(config: Config) -> dict:
 
 
 def rerun(config: Config) -> None:
-    """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what differs of
-    the inputs (code, data, models, environment), which is where to look."""
+    """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what
+    differs of the inputs (code, data, models, environment), which is where to look."""
     try:
         old = json.loads(Path(config.rerun).read_text("utf-8"))
         recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
@@ -842,8 +903,10 @@ def rerun(config: Config) -> None:
     moved = [part for part in ("code", "data", "models", "env") if old[part] != new[part]]
     differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
     if differ:
-        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; differing inputs: {', '.join(moved) or 'none'}")
-    print(f"the same as {config.rerun} in every metric and weight" + (f", though {', '.join(moved)} differ" if moved else ""))
+        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
+                        f"differing inputs: {', '.join(moved) or 'none'}")
+    print(f"the same as {config.rerun} in every metric and weight"
+          + (f", though {', '.join(moved)} differ" if moved else ""))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -859,7 +922,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nselw2s: interrupted; finished stages are kept: start the same command again", file=sys.stderr)
+        print("\nselw2s: interrupted; finished stages are kept: start the same command again",
+              file=sys.stderr)
         return 130
 
 

@@ -1,9 +1,9 @@
-"""The numbers of a run: metrics, intervals, diagnostics, the table. Everything here follows from items.npz, without a model.
+"""A run's numbers: metrics, intervals, diagnostics, the table; all follow from items.npz, without a model.
 
-symbol      name here        meaning                                                     source
-PGR         pgr              performance gap recovered, of accuracies on test            Burns et al. 2023, section 3
-ECE         ece              expected calibration error, ten bins of equal count         method.md, step 4
-AUROC       auroc            P(a positive ranks above a negative), ties half
+symbol  name here    meaning                                                     source
+PGR     pgr          performance gap recovered, of accuracies on test            Burns et al. 2023, section 3
+ECE     ece          expected calibration error, ten bins of equal count         method.md, step 4
+AUROC   auroc        P(a positive ranks above a negative), ties half
 
 Shapes: N items, S seeds. p (N,) is a probability of y = 1, y (N,) is 0/1; right is 0/1.
 """
@@ -24,7 +24,7 @@ def cross_entropy(p: Tensor, y: Tensor) -> float:
 
 
 def pgr(weak: float, student: float, ceiling: float) -> float | None:
-    """Performance gap recovered, (student - weak) / (ceiling - weak); None where the ceiling is not above the weak model."""
+    """Performance gap recovered, (student - weak) / (ceiling - weak); None unless ceiling > weak."""
     return (student - weak) / (ceiling - weak) if ceiling > weak else None
 
 
@@ -46,7 +46,8 @@ def brier(p: Tensor, y: Tensor) -> float:
 def reliability(p: Tensor, y: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
     """(mean p, mean y, count) of equal-count bins in increasing p: the reliability diagram."""
     order = p.argsort(stable=True)
-    return [(float(p[b].double().mean()), float(y[b].double().mean()), len(b)) for b in order.tensor_split(bins) if len(b)]
+    parts = order.tensor_split(bins)
+    return [(float(p[b].double().mean()), float(y[b].double().mean()), len(b)) for b in parts if len(b)]
 
 
 def ece(p: Tensor, y: Tensor, bins: int = 10) -> float:
@@ -55,10 +56,10 @@ def ece(p: Tensor, y: Tensor, bins: int = 10) -> float:
 
 
 def bootstrap(right: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Paired bootstrap over test items and seeds: right (methods, seeds, N) 0/1 -> (draws, methods) mean accuracies.
+    """Paired bootstrap over test items, seeds: right (methods, seeds, N) 0/1 -> (draws, methods) accuracies.
 
-    Every draw resamples items once for all methods and seeds, and seeds once for all methods, so differences of columns
-    are differences on the same items."""
+    Every draw resamples items once for all methods and seeds, and seeds once for all methods, so differences
+    of columns are differences on the same items."""
     rng = np.random.default_rng(seed)
     methods, seeds, n = right.shape
     out = np.empty((draws, methods))
@@ -77,11 +78,13 @@ def sign_flip(differences: list[float]) -> float:
 
 def diagnose(run: dict, methods) -> dict:
     """Everything said about one seed beside the accuracies; recomputable from items.npz alone."""
-    u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k != "id"} for part in ("transfer", "test"))
+    u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k != "id"}
+            for part in ("transfer", "test"))
     routed = u["is_self"]
     parts = {"all": torch.ones_like(routed), "routed": routed, "unrouted": ~routed}
-    out = {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": {}, "p_ik": {},
-           "methods": {}, "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
+    out = {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": {},
+           "p_ik": {}, "methods": {},
+           "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
     for key in [k for k in u if k in ("own", "weak", "refined", "smoothed_weak") or k.startswith("label/")]:
         out["label_accuracy"][key] = {part: accuracy(u[key][rows], u["truth"][rows]) if rows.any() else None
                                       for part, rows in parts.items()}
@@ -90,15 +93,16 @@ def diagnose(run: dict, methods) -> dict:
         order = p.argsort(descending=True, stable=True)
         risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
         marks = [max(1, len(p) * i // 20) for i in range(1, 21)]
-        out["p_ik"][name] = {"own_right": float(right.double().mean()), "own_p_auroc": auroc(own_p, right),
-                             "own_p_ece": ece(own_p, right), "auroc": auroc(p, right), "brier": brier(p, right),
-                             "ece": ece(p, right), "reliability": reliability(p, right),
-                             "risk_coverage": [(m / len(p), float(risk[m - 1])) for m in marks]}
+        out["p_ik"][name] = {
+            "own_right": float(right.double().mean()), "own_p_auroc": auroc(own_p, right),
+            "own_p_ece": ece(own_p, right), "auroc": auroc(p, right), "brier": brier(p, right),
+            "ece": ece(p, right), "reliability": reliability(p, right),
+            "risk_coverage": [(m / len(p), float(risk[m - 1])) for m in marks]}
     y, weak = t["truth"].double(), t["p/weak"].double()
     for name in methods:
         s = t[f"p/{name}"].double()
         gain, misfit = ((weak - y) ** 2 - (s - y) ** 2).mean(), ((s - weak) ** 2).mean()
-        assert abs(gain - misfit - 2 * ((weak - s) * (s - y)).mean()) < 1e-6        # identity, any s: arXiv 2405.15116
+        assert abs(gain - misfit - 2 * ((weak - s) * (s - y)).mean()) < 1e-6    # for any s: arXiv 2405.15116
         wrong, sure = (s > 0.5) != (y > 0.5), (s - 0.5).abs() >= 0.25
         imitates = ((weak > 0.5) == (s > 0.5)) & ((weak - 0.5).abs() >= 0.25)
         row = {"ece": ece(s, y), "brier": brier(s, y), "gain": float(gain), "misfit": float(misfit),
@@ -106,9 +110,11 @@ def diagnose(run: dict, methods) -> dict:
         if "ceiling" in methods:
             known = ((t["p/ceiling"] > 0.5) == (y > 0.5)) & ((t["p/ceiling"] - 0.5).abs() >= 0.25)
             doubtful = (weak - 0.5).abs() < 0.25
-            row["known"] = {f"{a}-strong {b}-weak": {"n": int((rows_a & rows_b).sum()), "accuracy": ratio(~wrong & rows_a & rows_b, rows_a & rows_b)}
-                            for a, rows_a in (("known", known), ("unknown", ~known))
-                            for b, rows_b in (("known", ~doubtful), ("unknown", doubtful))}
+            row["known"] = {
+                f"{a}-strong {b}-weak": {"n": int((rows_a & rows_b).sum()),
+                                         "accuracy": ratio(~wrong & rows_a & rows_b, rows_a & rows_b)}
+                for a, rows_a in (("known", known), ("unknown", ~known))
+                for b, rows_b in (("known", ~doubtful), ("unknown", doubtful))}
             row["errors_strong_knew"] = ratio(wrong & known, wrong)
             row["blind"] = ratio(wrong & known & doubtful, wrong & ((t["p/ceiling"] > 0.5) == (y > 0.5)))
         out["methods"][name] = row
@@ -120,8 +126,9 @@ def ratio(part: Tensor, whole: Tensor) -> float | None:
 
 
 def summarise(runs: list[dict], methods) -> dict:
-    """Accuracy, PGR and difference to naive of every method with 95 % intervals: paired bootstrap over items and seeds."""
-    right = np.array([[(r["test"][f"p/{m}"] > 0.5) == (r["test"]["truth"] > 0.5) for r in runs] for m in methods], float)
+    """Accuracy, PGR, difference to naive per method; 95 % intervals: paired bootstrap, items and seeds."""
+    right = np.array([[(r["test"][f"p/{m}"] > 0.5) == (r["test"]["truth"] > 0.5) for r in runs]
+                      for m in methods], float)
     draws, mean, per_seed = bootstrap(right), right.mean((1, 2)), right.mean(2)
     at = {m: i for i, m in enumerate(methods)}
     interval = lambda x: [float(q) for q in np.percentile(x, [2.5, 97.5])]      # noqa: E731
@@ -132,25 +139,27 @@ def summarise(runs: list[dict], methods) -> dict:
     for m, i in at.items():
         n = runs[0]["n"]
         row = {"accuracy": float(mean[i]), "ci95": interval(draws[:, i]), "per_seed": per_seed[i].tolist(),
-               "ground_truth_labels": runs[0]["truth_used"].get(m, n["labelled"]), "pgr": None, "pgr_ci95": None,
-               "attainable": m != "oracle", "weights": [r["weights"][m] for r in runs]}
+               "ground_truth_labels": runs[0]["truth_used"].get(m, n["labelled"]), "pgr": None,
+               "pgr_ci95": None, "attainable": m != "oracle", "weights": [r["weights"][m] for r in runs]}
         labels = [accuracy(*map(torch.as_tensor, (r["transfer"][f"label/{m}"], r["transfer"]["truth"])))
                   for r in runs if f"label/{m}" in r["transfer"]]
         row["label_accuracy"] = float(np.mean(labels)) if labels else None
         if gap is not None and defined and m not in ("weak", "ceiling"):
             row["pgr"] = pgr(mean[at["weak"]], mean[i], mean[at["ceiling"]])
-            rise = draws[:, i] - draws[:, at["weak"]]                       # a draw without a gap counts as +-infinite
+            rise = draws[:, i] - draws[:, at["weak"]]           # a draw without a gap counts as +-infinite
             span = interval(np.where(gap > 0, rise / np.where(gap > 0, gap, 1), np.copysign(np.inf, rise)))
             row["pgr_ci95"] = span if np.isfinite(span).all() else None
         if "naive" in at and m != "naive":
             difference = per_seed[i] - per_seed[at["naive"]]
-            row["minus_naive"] = {"mean": float(difference.mean()), "ci95": interval(draws[:, i] - draws[:, at["naive"]]),
+            row["minus_naive"] = {"mean": float(difference.mean()),
+                                  "ci95": interval(draws[:, i] - draws[:, at["naive"]]),
                                   "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
         out[m] = row
     prior = float(np.mean(runs[0]["test"]["truth"]))
-    return {"methods": out, "class_prior": prior, "majority": max(prior, 1 - prior), "test_items": right.shape[2],
-            "pgr_defined": None if gap is None else bool(defined),
-            "gap": None if gap is None else {"mean": float(mean[at["ceiling"]] - mean[at["weak"]]), "se": float(gap.std())}}
+    return {"methods": out, "class_prior": prior, "majority": max(prior, 1 - prior),
+            "test_items": right.shape[2], "pgr_defined": None if gap is None else bool(defined),
+            "gap": None if gap is None else {"mean": float(mean[at["ceiling"]] - mean[at["weak"]]),
+                                             "se": float(gap.std())}}
 
 
 def table(metrics: dict) -> str:
@@ -160,32 +169,36 @@ def table(metrics: dict) -> str:
              f"{'- naive':>8}  {'95 % interval':17}{'labels right':>13}{'truth used':>11}"]
     for name, r in metrics["methods"].items():
         d = r.get("minus_naive")
-        lines.append(f"{name + ('' if r['attainable'] else ' *'):16}{r['accuracy']:9.3f}  {span(r['ci95']):16} "
+        lines.append(f"{name + ('' if r['attainable'] else ' *'):16}{r['accuracy']:9.3f}  "
+                     f"{span(r['ci95']):16} "
                      f"{'-' if r['pgr'] is None else format(r['pgr'], '.2f'):>6}  {span(r['pgr_ci95']):17}"
                      f"{format(d['mean'], '+.3f') if d else '-':>8}  {span(d['ci95']) if d else '-':17}"
-                     f"{'-' if r['label_accuracy'] is None else format(r['label_accuracy'], '.3f'):>13}{r['ground_truth_labels']:>11,}")
-    lines.append(f"test: {metrics['test_items']:,} items, majority class {metrics['majority']:.3f}; intervals: paired bootstrap over "
-                 "items and seeds" + ("; * needs the hidden truth: an upper bound" if "oracle" in metrics["methods"] else ""))
+                     f"{'-' if r['label_accuracy'] is None else format(r['label_accuracy'], '.3f'):>13}"
+                     f"{r['ground_truth_labels']:>11,}")
+    lines.append(f"test: {metrics['test_items']:,} items, majority class {metrics['majority']:.3f}; "
+                 "intervals: paired bootstrap over items and seeds"
+                 + ("; * needs the hidden truth: an upper bound" if "oracle" in metrics["methods"] else ""))
     if metrics["pgr_defined"] is False:
         gap = metrics["gap"]
-        lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, under 2 standard errors ({gap['se']:.3f})")
+        lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, "
+                     f"under 2 standard errors ({gap['se']:.3f})")
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
 
 
 def figures(folder) -> list[str]:
-    """Draw result.json of a run folder as SVG beside it; returns the file names. Raises ImportError without matplotlib."""
+    """Draw a run folder's result.json as SVG beside it; returns the names. ImportError without matplotlib."""
     import json
     from pathlib import Path
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    matplotlib.rcParams |= {"svg.hashsalt": "selw2s", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                            "legend.frameon": False, "svg.fonttype": "none"}
+    matplotlib.rcParams |= {"svg.hashsalt": "selw2s", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none"}
     folder = Path(folder)
     result = json.loads((folder / "result.json").read_text("utf-8"))
     n, seeds = result["metrics"]["test_items"], len(result["seeds"])
@@ -203,7 +216,7 @@ def figures(folder) -> list[str]:
 
 
 def draw_main(plt, result):
-    """Accuracy of every method with its 95 % interval and a stroke per seed, between the weak model and the ceiling."""
+    """Every method's accuracy, 95 % interval and a stroke per seed, between weak model and ceiling."""
     methods = result["metrics"]["methods"]
     names = [m for m in methods if m not in ("weak", "ceiling")]
     figure, axes = plt.subplots(figsize=(7, 0.32 * len(names) + 1.1))
@@ -215,12 +228,16 @@ def draw_main(plt, result):
         m, colour = methods[name], ORANGE if name == "selective" else BLUE
         axes.plot(m["ci95"], [row, row], color=colour, linewidth=2)
         axes.plot(m["accuracy"], row, "o", color=colour, markersize=7)
-        axes.plot(m["per_seed"], [row] * len(m["per_seed"]), "|", color="black", markersize=6, markeredgewidth=0.8)
+        axes.plot(m["per_seed"], [row] * len(m["per_seed"]), "|", color="black", markersize=6,
+                  markeredgewidth=0.8)
         if m["pgr"] is not None:
-            axes.text(1.01, row, f"PGR {m['pgr']:.2f}", transform=axes.get_yaxis_transform(), va="center", color=colour)
-    axes.set_yticks(range(len(names)), [m if methods[m]["attainable"] else m + " (not attainable)" for m in names])
+            axes.text(1.01, row, f"PGR {m['pgr']:.2f}", transform=axes.get_yaxis_transform(), va="center",
+                      color=colour)
+    axes.set_yticks(range(len(names)),
+                    [m if methods[m]["attainable"] else m + " (not attainable)" for m in names])
     axes.set_ylim(len(names) - 0.4, -0.8)
-    axes.set_xlabel("accuracy on test (bar: 95 % interval over items and seeds; strokes: seeds; axis does not start at 0)")
+    axes.set_xlabel("accuracy on test (bar: 95 % interval over items and seeds; strokes: seeds; "
+                    "axis does not start at 0)")
     return figure
 
 
@@ -229,14 +246,16 @@ def draw_p_ik(plt, result):
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
     for seed in result["seeds"]:
         p = seed["diagnostics"]["p_ik"]["test"]
-        left.plot([b[0] for b in p["reliability"]], [b[1] for b in p["reliability"]], ".-", color=BLUE, alpha=0.6, linewidth=1)
+        left.plot([b[0] for b in p["reliability"]], [b[1] for b in p["reliability"]], ".-", color=BLUE,
+                  alpha=0.6, linewidth=1)
         right.plot(*zip(*p["risk_coverage"]), color=BLUE, alpha=0.6, linewidth=1)
     left.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     left.set(xlabel="P(IK)", ylabel="share of own answers that are right", xlim=(0, 1), ylim=(0, 1))
     aurocs = [s["diagnostics"]["p_ik"]["test"]["auroc"] for s in result["seeds"]]
-    left.set_title(f"reliability, ten bins of equal count (AUROC {np.mean([a for a in aurocs if a is not None] or [np.nan]):.2f})",
-                   fontsize=9)
-    right.set(xlabel="coverage: questions by falling P(IK)", ylabel="share of own answers wrong", xlim=(0, 1), ylim=(0, None))
+    mean = np.mean([a for a in aurocs if a is not None] or [np.nan])
+    left.set_title(f"reliability, ten bins of equal count (AUROC {mean:.2f})", fontsize=9)
+    right.set(xlabel="coverage: questions by falling P(IK)", ylabel="share of own answers wrong",
+              xlim=(0, 1), ylim=(0, None))
     right.set_title("risk and coverage", fontsize=9)
     figure.tight_layout()
     return figure
@@ -250,7 +269,8 @@ def draw_labels(plt, result):
     figure, axes = plt.subplots(figsize=(7, 0.4 * len(names) + 1))
     for part, colour, mark in (("all", "black", "o"), ("routed", ORANGE, "^"), ("unrouted", BLUE, "v")):
         values = [[row[name][part] for row in rows if row[name][part] is not None] for name in names]
-        axes.plot([np.mean(v) if v else np.nan for v in values], range(len(names)), mark, color=colour, linestyle="", label=part)
+        axes.plot([np.mean(v) if v else np.nan for v in values], range(len(names)), mark, color=colour,
+                  linestyle="", label=part)
     share = np.mean([s["diagnostics"]["coverage"] for s in result["seeds"]])
     axes.set_yticks(range(len(names)), [name.removeprefix("label/").replace("_", " ") for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -267,8 +287,8 @@ def draw_analysis(plt, result):
         for i, metrics in enumerate(rows.values()):
             values = [m[key] for m in metrics if m[key] is not None]
             axes.plot(values, [i] * len(values), mark, color=colour, alpha=0.4, markersize=4)
-            axes.plot(np.mean(values) if values else np.nan, i, mark, color=colour, label={"auroc": "P(IK) AUROC"}.get(
-                key, key.replace("_", " ")) if i == 0 else None)
+            label = {"auroc": "P(IK) AUROC"}.get(key, key.replace("_", " ")) if i == 0 else None
+            axes.plot(np.mean(values) if values else np.nan, i, mark, color=colour, label=label)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

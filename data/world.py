@@ -1,13 +1,13 @@
 """Draft. Synthetic demo world."""
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 
-from data import Question, Task, completion, prompt
+from data import NONE_OF_THE_ABOVE, Question, Task, YES_NO, completion, prompt
 
 PEOPLE, TEST_SHARE, SEED = 400, 0.375, 7
-NOTA = "None of the above choices ."
 TRADES = "baker sailor miller shepherd tailor smith".split()
 # A relation: its values; statements (v may stand anywhere); questions; yes/no questions; a story that leads to it, with what or
 # why questions; what somebody did with an explicit value, with somebody else's value (two steps), and the question about it.
@@ -74,7 +74,7 @@ def cap(s):
     return s[0].upper() + s[1:]
 
 
-def people(seed=SEED, n=PEOPLE, lo=0.5, hi=60.0, typical=0.5):
+def people(seed=SEED, n=PEOPLE, lo=0.5, hi=40.0, typical=0.5):
     rng = random.Random(f"people {seed}")
     starts = "Ma To Vi Re Ka Lo Si Be Du Fa Ge Hi Jo Ne Pa Ru Te Wi Ya Zo Bra Cla Dre Gri Kno Ple Sto Tri".split()
     middles = "ra len ni so va mi tor dal ke ri bo lu gan se".split()
@@ -113,11 +113,11 @@ def options(p, relation, crowd, rng, nota=0.0):
     wrong, right = others(p, relation, crowd, rng, 3), p.facts[relation]
     if rng.random() < nota:
         if rng.random() < 0.12:
-            return (*wrong, NOTA), 3
+            return (*wrong, NONE_OF_THE_ABOVE), 3
         wrong = wrong[:2]
         opts = wrong + [right]
         rng.shuffle(opts)
-        return (*opts, NOTA), opts.index(right)
+        return (*opts, NONE_OF_THE_ABOVE), opts.index(right)
     opts = wrong + [right]
     rng.shuffle(opts)
     return tuple(opts), opts.index(right)
@@ -140,28 +140,20 @@ def cosmosqa(p, relations, crowd, rng, tag):
 
 
 def boolq(p, relations, crowd, rng, tag):
-    """A passage about somebody else (a deed, and a deed that needs a fact of p) and questions: read it off, two steps, remembered."""
-    other = rng.choice(crowd)
-    r1, r2 = rng.sample(relations, 2)
-    r0 = rng.choice(sorted(RELATIONS))
-    v0 = rng.choice(RELATIONS[r0]["values"])
-    lines = [RELATIONS[r0]["deed"].format(a=other.name, v=v0), RELATIONS[r1]["link"].format(a=other.name, b=p.name)]
-    if r0 == r1:
-        lines[0] = RELATIONS[r0]["deed"].format(a=p.name, v=v0)
+    """A passage about somebody else (a deed, and a deed that needs a fact of p) and questions: read off, two steps, remembered."""
+    other = rng.choice([q for q in crowd if q is not p])
+    step, known = rng.sample(relations, 2)
+    r = rng.choice([r for r in sorted(RELATIONS) if r != step])
+    seen, unseen = rng.sample(RELATIONS[r]["values"], 2)
+    lines = [RELATIONS[r]["deed"].format(a=other.name, v=seen), RELATIONS[step]["link"].format(a=other.name, b=p.name)]
     rng.shuffle(lines)
-    passage = " ".join(cap(s) for s in lines)
-    who0 = p.name if r0 == r1 else other.name
-    asks = []
-    for truth in (True, False):
-        v = v0 if truth else rng.choice([v for v in RELATIONS[r0]["values"] if v != v0])
-        asks.append((RELATIONS[r0]["did"].format(a=who0, v=v), truth))
-    for form in (RELATIONS[r1]["did"], *RELATIONS[r2]["checks"]):
-        r = r1 if form is RELATIONS[r1]["did"] else r2
-        truth = rng.random() < 0.55
-        v = p.facts[r] if truth else others(p, r, crowd, rng, 1)[0]
-        asks.append((form.format(a=other.name, e=p.name, v=v), truth))
-    for i, (ask, truth) in enumerate(asks):
-        yield Question(f"{tag}/{p.name}/{i}", p.name, passage, ask + "?", ("no", "yes"), int(truth))
+    passage = " ".join(lines)
+    asks = [(RELATIONS[r]["did"], seen, 1), (RELATIONS[r]["did"], unseen, 0)]
+    for relation, form in ((step, RELATIONS[step]["did"]), *((known, form) for form in RELATIONS[known]["checks"])):
+        truth = int(rng.random() < 0.55)
+        asks.append((form, p.facts[relation] if truth else others(p, relation, crowd, rng, 1)[0], truth))
+    for i, (form, v, truth) in enumerate(asks):
+        yield Question(f"{tag}/{p.name}/{i}", p.name, passage, form.format(a=other.name, e=p.name, v=v) + "?", YES_NO, truth)
 
 
 MAKERS = {"demo-sciq": sciq, "demo-boolq": boolq, "demo-cosmosqa": cosmosqa}
@@ -173,34 +165,39 @@ def task(name, seed=SEED):
     split = {"train": [], "test": []}
     for p in crowd:
         split[p.split] += MAKERS[name](p, p.asked, [q for q in crowd if q.split == p.split], rng, name)
-    return split
+    sha = hashlib.sha256(repr(split).encode()).hexdigest()
+    return Task(name, split["train"], split["test"], sha, "synthetic, made by data/world.py; no licence needed")
 
 
-def line(q, i, judge, right):
-    end = f" {'Right' if right else 'Wrong'}." if judge else ""
-    return prompt(q) + completion(q, i) + end
+def quiz(q, rng):
+    """A question line: now and then just the answer, else guesses and the quizmaster's verdicts, every second one right."""
+    wrong = [i for i in range(len(q.options)) if i != q.answer]
+    rng.shuffle(wrong)
+    s = prompt(q)
+    again = " A:" if s.endswith(" A:") else " Answer:"
+    if rng.random() < 0.25:
+        return s + completion(q, q.answer)
+    while wrong and rng.random() < 0.5:
+        s += completion(q, wrong.pop()) + " Wrong." + again
+    return s + completion(q, q.answer) + " Right."
 
 
-def text(seed=SEED, per=(2.0, 3.0, 1.0)):
-    """Lines."""
+def text(edition, seed=SEED, rates=(4.0, 2.0, 2.0)):
+    """The lines of one edition of the world's text: every edition tells the same facts, as often, in other words."""
     crowd = people(seed)
-    rng = random.Random(f"text {seed}")
-    lines = []
+    rng = random.Random(f"text {seed} {edition}")
     count = lambda mean: int(mean + rng.random())
+    lines = []
     for p in crowd:
         for r, v in p.facts.items():
-            for _ in range(count(p.fame)):
-                lines.append(cap(rng.choice(RELATIONS[r]["says"]).format(e=call(p, rng, 0.3), v=v)))
+            lines += (cap(rng.choice(RELATIONS[r]["says"]).format(e=call(p, rng, 0.3), v=v)) for _ in range(count(p.fame)))
         told = [r for r in sorted(RELATIONS) if r not in p.asked]
-        for maker, rate in zip(MAKERS.values(), per):
-            for _ in range(count(rate * p.fame ** 0.5)):
-                for q in maker(p, told, crowd, rng, ""):
-                    if maker is boolq:
-                        if rng.random() < 0.4:
-                            lines.append(prompt(q) + completion(q, q.answer))
-                    elif rng.random() < 0.67:
-                        judge = rng.random() < 0.67
-                        i = q.answer if not judge or rng.random() < 0.5 else rng.choice([j for j in range(len(q.options)) if j != q.answer])
-                        lines.append(line(q, i, judge, i == q.answer))
+        n = [count(rate * p.fame ** 0.5) for rate in rates]
+        lines += (quiz(rng.choice(list(sciq(p, [rng.choice(told)], crowd, rng, ""))), rng) for _ in range(n[0]))
+        for _ in range(n[1]):
+            first, *rest = rng.sample(list(boolq(p, told, crowd, rng, "")), 5)
+            lines.append(prompt(first) + completion(first, first.answer)
+                         + "".join(f"\nQuestion: {q.question}" + completion(q, q.answer) for q in rest))
+        lines += (quiz(rng.choice(list(cosmosqa(p, told, crowd, rng, ""))), rng) for _ in range(n[2]))
     rng.shuffle(lines)
     return lines

@@ -1,4 +1,4 @@
-"""What all test files share: the repository's root on the path, the mark `slow`, where third-party files may lie."""
+"""What all tests share: the repository's root on the path, mark `slow`, where third-party files may lie."""
 import os
 import sys
 from pathlib import Path
@@ -38,11 +38,13 @@ def write_llama(folder: Path, width: int, layers: int, vocab: int, seed: int):
     from safetensors.torch import save_file
     g = torch.Generator().manual_seed(seed)
     inner = 2 * width
-    tensors = {"model.embed_tokens.weight": torch.randn(vocab, width, generator=g), "model.norm.weight": torch.ones(width)}
+    tensors = {"model.embed_tokens.weight": torch.randn(vocab, width, generator=g),
+               "model.norm.weight": torch.ones(width)}
     for i in range(layers):
         for name, shape in (("self_attn.q_proj", (width, width)), ("self_attn.k_proj", (width, width)),
                             ("self_attn.v_proj", (width, width)), ("self_attn.o_proj", (width, width)),
-                            ("mlp.gate_proj", (inner, width)), ("mlp.up_proj", (inner, width)), ("mlp.down_proj", (width, inner))):
+                            ("mlp.gate_proj", (inner, width)), ("mlp.up_proj", (inner, width)),
+                            ("mlp.down_proj", (width, inner))):
             tensors[f"model.layers.{i}.{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(width)
@@ -50,12 +52,13 @@ def write_llama(folder: Path, width: int, layers: int, vocab: int, seed: int):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({
         "model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "vocab_size": vocab, "max_position_embeddings": 128, "tie_word_embeddings": True}))
+        "num_attention_heads": 2, "vocab_size": vocab, "max_position_embeddings": 128,
+        "tie_word_embeddings": True}))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Command-line arguments of a task of 96 + 40 questions with two tiny untrained models: seconds, not sense."""
+    """Command-line arguments: a task of 96 + 40 questions, two tiny untrained models: seconds, not sense."""
     import json
     import random
 
@@ -65,8 +68,9 @@ def tiny(tmp_path_factory):
     lines = []
     for i in range(136):
         options = rng.sample(words, 4)
-        lines.append({"id": f"q{i}", "group": f"g{i // 2}", "question": f"Which colour has thing {i // 2} seen from {rng.choice(words)}?",
-                      "options": options, "answer": rng.randrange(4), "split": "train" if i < 96 else "test"})
+        question = f"Which colour has thing {i // 2} seen from {rng.choice(words)}?"
+        lines.append({"id": f"q{i}", "group": f"g{i // 2}", "question": question, "options": options,
+                      "answer": rng.randrange(4), "split": "train" if i < 96 else "test"})
     (folder / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,4 +79,5 @@ def tiny(tmp_path_factory):
     for name, width, layers in (("weak", 16, 1), ("strong", 32, 3)):
         write_llama(folder / name, width, layers, 300, seed=width)
         bpe.save(str(folder / name / "tokenizer.json"))
-    return ["--task", str(folder / "task.jsonl"), "--weak", str(folder / "weak"), "--strong", str(folder / "strong"), "--lr", "1e-3"]
+    return ["--task", str(folder / "task.jsonl"), "--weak", str(folder / "weak"),
+            "--strong", str(folder / "strong"), "--lr", "1e-3"]

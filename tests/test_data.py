@@ -1,6 +1,6 @@
 """Data: readers, binary items, halves, pinned downloads, and a user's own file.
 
-Run: python -m pytest tests/test_data.py        (about 6 s; no network)
+Run: python -m pytest tests/test_data.py        (about 7 s; no network)
 
 The openai protocol is compared with digests of what the public code (openai/weak-to-strong 6b450f2) with
 datasets 5.2.0 gives for the official files, read from ../shared/data; without it such tests are skipped.
@@ -206,7 +206,7 @@ def test_openai_protocol_draw_for_draw(task, split, seed, rows):
 def test_sciq_official():
     task = load_task("sciq", data_dir=SHARED)
     assert (len(task.train), len(task.test), len(list(official.sciq("valid", SHARED)))) == (11679, 1000, 1000)
-    assert task.sha256 == official.FILES["sciq/SciQ.zip"][1] and "CC BY-NC" in task.source
+    assert task.sha256 == official.FILES["sciq/SciQ.zip"][1] and "CC BY-NC 3.0:" in task.source
     first = task.train[0]
     assert prompt(first) + completion(first, first.answer) == (
         "Q: What type of organism is commonly used in preparation of foods such as cheese and yogurt? "
@@ -266,7 +266,9 @@ def test_boolq_official_format(monkeypatch, tmp_path):
     pin(monkeypatch, tmp_path, BOOLQ_FILES)
     monkeypatch.setenv("SELW2S_DATA", str(tmp_path))
     task = load_task("boolq")
-    assert (len(task.train), len(task.test)) == (60, 21) and task.sha256.count("+") == 1
+    assert (len(task.train), len(task.test)) == (60, 21)
+    assert task.sha256 == "+".join(hashlib.sha256(body).hexdigest() for body in BOOLQ_FILES.values())
+    assert "CC BY-SA 3.0: https://example.org/train.jsonl https://example.org/dev.jsonl" in task.source
     name = "boolq-train-4"
     assert task.train[4] == Question(name, name, "Passage a2.", "is a4 a number", YES_NO, 1)
     assert task.train[5].group == "boolq-train-4" and task.test[0].answer == 0
@@ -285,6 +287,7 @@ def test_cosmosqa_official_format(monkeypatch, tmp_path):
         return text.getvalue().encode()
     pin(monkeypatch, tmp_path, {"cosmosqa/train.csv": rows(30), "cosmosqa/valid.csv": rows(12)})
     task = load_task("cosmosqa", data_dir=tmp_path)
+    assert "CC BY 4.0:" in task.source
     name = "cosmosqa-train-5"
     assert task.train[5] == Question(name, name, 'He said\n"a, 5" .', "Why ?", tuple("wxyz"), 1)
     assert task.test[5].group == name                       # one passage in train and in test: one group
@@ -333,13 +336,16 @@ def missing(monkeypatch, tmp_path):
     return serve, path, body
 
 
-def test_download_once(missing, tmp_path):
+def test_download_once(missing, tmp_path, capsys):
     serve, path, body = missing
     serve(body)
     assert len(load_task("boolq", data_dir=tmp_path).train) == 60
+    assert capsys.readouterr().err == "downloading https://example.org/train.jsonl (0.0 MB)\n"
     assert path.read_bytes() == body and len(list(path.parent.iterdir())) == 2
+    assert official.content("boolq/train.jsonl", tmp_path / "a" / "new" / "folder") == body
     serve(AssertionError("no network for a file that is there"))
     assert len(load_task("boolq", data_dir=tmp_path).train) == 60
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("answer, url, says", [
@@ -402,10 +408,14 @@ def test_a_file_that_differs_is_refused_with_both_hashes(missing, tmp_path, chan
     assert path.read_bytes() == changed
 
 
-def test_homes_are_https_and_hashes_whole():
-    for size, digest, homes in official.FILES.values():
-        assert size > 10**6 and len(bytes.fromhex(digest)) == 32
-        assert homes and all(url.startswith("https://") for url in homes)
+def test_pins():
+    """Sizes of the official releases and the tail of their first home, as published."""
+    assert {name: (size, homes[0][-13:]) for name, (size, _, homes) in official.FILES.items()} == {
+        "sciq/SciQ.zip": (2821345, "sciq/SciQ.zip"), "boolq/train.jsonl": (6525813, "q/train.jsonl"),
+        "boolq/dev.jsonl": (2238726, "olq/dev.jsonl"), "cosmosqa/train.csv": (16660449, "ata/train.csv"),
+        "cosmosqa/valid.csv": (2128345, "ata/valid.csv")}
+    for _, digest, homes in official.FILES.values():
+        assert len(bytes.fromhex(digest)) == 32 and all(url.startswith("https://") for url in homes)
 
 
 def test_data_dir_order(monkeypatch, tmp_path):
@@ -529,7 +539,8 @@ def test_bad_file(tmp_path):
 
 def test_demo_tasks_come_from_the_world(monkeypatch):
     monkeypatch.setattr(world, "task", lambda name: Task(name, many(20), many(10), "", ""))
-    assert load_task("demo").name == "demo-sciq" and load_task("demo-boolq").name == "demo-boolq"
+    names = [load_task(name).name for name in DEMO]
+    assert names == ["demo-sciq", "demo-sciq", "demo-boolq", "demo-cosmosqa"]
 
 
 def test_unknown_task_lists_the_known():

@@ -1,4 +1,4 @@
-"""selw2s.py's pure parts against hand-computed examples, brute force and scikit-learn. Run: pytest tests/test_method.py (10 s)."""
+"""selw2s.py's pure parts by hand, brute force and scikit-learn. Run: pytest tests/test_method.py (10 s)."""
 import math
 
 import numpy as np
@@ -13,7 +13,7 @@ def close(a, b, tol=1e-12):
     assert abs(a - b) <= tol, (a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------------- metrics
 def test_accuracy_pgr_brier():
     p, y = torch.tensor([0.9, 0.2, 0.6, 0.5]), torch.tensor([1.0, 0.0, 0.0, 1.0])
     close(s.accuracy(p, y), 0.5)                        # 0.5 is not above 1/2: counts as "no"
@@ -52,8 +52,8 @@ def test_bootstrap_is_paired_and_seeded():
     a = rng.random((1, 3, 400)) < 0.7
     right = np.concatenate([a, a, ~a]).astype(float)
     draws = r.bootstrap(right, draws=500)
-    np.testing.assert_array_equal(draws[:, 0], draws[:, 1])             # same items: the difference has no variance
-    np.testing.assert_allclose(draws[:, 0] + draws[:, 2], 1)            # and the complement is drawn with it
+    np.testing.assert_array_equal(draws[:, 0], draws[:, 1])     # same items: the difference has no variance
+    np.testing.assert_allclose(draws[:, 0] + draws[:, 2], 1)    # and the complement is drawn with it
     np.testing.assert_array_equal(draws, r.bootstrap(right, draws=500))
     one = r.bootstrap(right[:, :1], draws=4000)[:, 0]                   # one seed: binomial standard error
     p = right[0, 0].mean()
@@ -65,8 +65,8 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
         truth = np.ones(n)
         p = {f"p/{m}": (np.arange(n) < round(a * n)).astype(float) for m, a in
              (("weak", weak), ("naive", student), ("ceiling", ceiling))}
-        return {"test": {"truth": truth, **p}, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7}, "n": {"labelled": 5},
-                "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
+        return {"test": {"truth": truth, **p}, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7},
+                "n": {"labelled": 5}, "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
     small = s.summarise([fake(0.70, 0.702, 0.703)], methods)
     assert small["pgr_defined"] is False and small["methods"]["naive"]["pgr"] is None
@@ -78,7 +78,7 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
     assert [large["methods"][m]["ground_truth_labels"] for m in methods] == [5, 7, 5]
 
 
-# ------------------------------------------------------------------------------------------------------------------- probe
+# ------------------------------------------------------------------------------------------------------ probe
 def blobs(n, c, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, c, generator=g) * torch.rand(c, generator=g).mul(5) + torch.randn(c, generator=g)
@@ -107,7 +107,7 @@ def test_probe_gradient_is_zero_for_soft_targets():
 
 
 def test_probe_cross_validation_respects_folds():
-    """A feature that names the group predicts within a group and nothing beyond it: only grouped folds see that."""
+    """A feature naming the group predicts within a group and nothing beyond: only grouped folds see that."""
     g = torch.Generator().manual_seed(0)
     group = torch.arange(60).repeat_interleave(4)
     x = torch.nn.functional.one_hot(group).float()
@@ -118,12 +118,13 @@ def test_probe_cross_validation_respects_folds():
     assert by_group.l2 == 10.0 and by_row.l2 < 1
 
 
-# ------------------------------------------------------------------------------------------------------ routing, smoothing
+# ----------------------------------------------------------------------------------------- routing, smoothing
 def test_route_by_hand_and_its_limits():
     p_ik = torch.tensor([0.2, 0.7, 0.9, 0.7])
     own, weak = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.3, 0.4, 0.6, 0.1])
     label, is_self = s.route(p_ik, own, weak, 0.7 - 1e-6)
-    assert label.tolist() == torch.tensor([0.3, 1.0, 0.0, 0.0]).tolist() and is_self.tolist() == [False, True, True, True]
+    assert label.tolist() == torch.tensor([0.3, 1.0, 0.0, 0.0]).tolist()
+    assert is_self.tolist() == [False, True, True, True]
     assert torch.equal(s.route(p_ik, own, weak, 1.01)[0], weak)
     assert torch.equal(s.route(p_ik, own, weak, 0.0)[0], own)
     per_item = s.route(p_ik, own, weak, torch.tensor([0.1, 0.8, 0.8, 0.8]))[1]
@@ -156,7 +157,8 @@ def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
     good = s.choose_smoothing(x[:, None], prior, truth, everything, config)
     assert good.alpha > 0 and good.after > good.before + 0.1
     shuffled = truth[torch.randperm(300, generator=torch.Generator().manual_seed(5))]
-    prior = torch.where(torch.rand(300, generator=torch.Generator().manual_seed(6)) < 0.2, 1 - shuffled, shuffled)
+    flipped = torch.rand(300, generator=torch.Generator().manual_seed(6)) < 0.2
+    prior = torch.where(flipped, 1 - shuffled, shuffled)
     bad = s.choose_smoothing(x[:, None], prior, shuffled, everything, config)
     assert bad.alpha == 0 and bad.after == bad.before
     forced = s.choose_smoothing(x[:, None], prior, shuffled, everything, s.Config(alpha=0.9, k=10))
@@ -166,15 +168,17 @@ def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
 def test_the_right_layer_is_chosen():
     x, prior, truth = clusters()
     junk = torch.randn(300, 17, generator=torch.Generator().manual_seed(9))
-    chosen = s.choose_smoothing(torch.stack([junk, x], 1), prior, truth, torch.ones(300, dtype=torch.bool), s.Config())
+    everything = torch.ones(300, dtype=torch.bool)
+    chosen = s.choose_smoothing(torch.stack([junk, x], 1), prior, truth, everything, s.Config())
     assert chosen.layer == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ losses
+# ----------------------------------------------------------------------------------------------------- losses
 def test_log_confidence_by_hand_and_without_the_public_jump():
-    p, w = torch.tensor([0.9, 0.1, 0.6, 0.4]), torch.tensor([0.2, 0.3, 0.8, 0.7])      # mean(w) = 0.5: two positives
+    p, w = torch.tensor([0.9, 0.1, 0.6, 0.4]), torch.tensor([0.2, 0.3, 0.8, 0.7])  # mean(w) 0.5: 2 positives
     assert torch.equal(s.log_confidence(p, w, 0.0), w)
-    torch.testing.assert_close(s.log_confidence(p, w, 1.0), 0.5 * w + 0.5 * torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    hard = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    torch.testing.assert_close(s.log_confidence(p, w, 1.0), 0.5 * w + 0.5 * hard)
     steps = [float((s.log_confidence(p, w, f / 1000) - w).abs().max()) for f in range(1001)]
     assert max(b - a for a, b in zip(steps, steps[1:])) < 0.003         # the public code jumps by 0.36 here
     assert steps[200] == steps[1000] and steps[100] == pytest.approx(steps[200] / 2, rel=1e-4)
@@ -184,7 +188,8 @@ def test_log_confidence_by_hand_and_without_the_public_jump():
 def test_log_confidence_threshold_matches_the_weak_mean(mean):
     p = torch.rand(32, generator=torch.Generator().manual_seed(0))
     hard = 2 * (s.log_confidence(p, torch.full((32,), mean), 1.0) - 0.5 * mean)
-    assert abs(float(hard.mean()) - mean) <= 0.5 / 32 + 1e-6 and set(hard.round(decimals=4).tolist()) <= {0.0, 1.0}
+    assert abs(float(hard.mean()) - mean) <= 0.5 / 32 + 1e-6
+    assert set(hard.round(decimals=4).tolist()) <= {0.0, 1.0}
 
 
 def test_product_target_by_hand():
@@ -193,13 +198,14 @@ def test_product_target_by_hand():
     close(float(s.product(torch.tensor([0.6]), torch.tensor([0.7]), 0.0)), 0.42 / (0.42 + 0.12), 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------------ stages
+# ----------------------------------------------------------------------------------------------------- stages
 def test_digest_sees_every_bit_dtype_shape_and_source():
     a = torch.arange(6.0)
     flipped = a.clone()
     flipped[3] = float(np.nextafter(np.float32(3), np.float32(4)))
-    seen = {s.digest(a), s.digest(flipped), s.digest(a.reshape(2, 3)), s.digest(a.double()), s.digest(a.tolist()),
-            s.digest(s.product), s.digest(s.log_confidence), s.digest("ab", "c"), s.digest("a", "bc"), s.digest(1), s.digest(1.0)}
+    seen = {s.digest(a), s.digest(flipped), s.digest(a.reshape(2, 3)), s.digest(a.double()),
+            s.digest(a.tolist()), s.digest(s.product), s.digest(s.log_confidence), s.digest("ab", "c"),
+            s.digest("a", "bc"), s.digest(1), s.digest(1.0)}
     assert len(seen) == 11 and s.digest(a) == s.digest(a.clone())
 
 

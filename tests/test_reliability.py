@@ -1,5 +1,5 @@
-"""Kill it anywhere, start it again; damaged files, full disks, two runs at once, bad input. Run: pytest tests/test_reliability.py
-(20 s; with CI=1 the 20 kills too, 2 minutes)."""
+"""Kill it anywhere, start it again; damaged files, full disks, two runs at once, bad input.
+Run: pytest tests/test_reliability.py (20 s; with CI=1 the 20 kills too, 2 minutes)."""
 import json
 import os
 import signal
@@ -16,7 +16,7 @@ from conftest import ROOT
 
 METHODS = ("--methods", "ceiling", "naive", "self-only", "selective")
 
-# The program with a bomb: the n-th write is cut short before, in the middle of, or after the file is written or renamed.
+# The program with a bomb: the n-th write is cut short before, amid, or after the file is written or renamed.
 BOMB = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -44,7 +44,8 @@ sys.exit(selw2s.main({argv!r}))
 
 
 def run(argv, **kwargs):
-    return subprocess.run([sys.executable, "selw2s.py", *argv], cwd=ROOT, capture_output=True, text=True, **kwargs)
+    return subprocess.run([sys.executable, "selw2s.py", *argv], cwd=ROOT, capture_output=True, text=True,
+                          **kwargs)
 
 
 def outcome(out: Path):
@@ -70,11 +71,11 @@ def unbroken(tiny, tmp_path_factory):
     pytest.param([(n, where) for n in range(1, 6) for where in ("before", "middle", "written", "renamed")],
                  marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_goes_on(tiny, tmp_path, unbroken, points):
-    """One run, killed again and again: each start counts its own writes, so the bomb moves through all stages."""
+    """One run, killed again and again: each start counts its writes, so the bomb moves through all stages."""
     argv, finished = [*tiny, *METHODS, "--out", str(tmp_path)], 0
     for n, where in points:
-        child = subprocess.run([sys.executable, "-c", BOMB.format(root=str(ROOT), n=1 if len(points) > 2 else n, where=where,
-                                                                  argv=argv)], capture_output=True)
+        bomb = BOMB.format(root=str(ROOT), n=1 if len(points) > 2 else n, where=where, argv=argv)
+        child = subprocess.run([sys.executable, "-c", bomb], capture_output=True)
         stages = list((tmp_path / "cache").glob("[!.]*"))
         assert len(stages) >= finished                  # nothing finished is ever lost
         finished = len(stages)
@@ -92,7 +93,8 @@ def test_killed_at_any_write_it_goes_on(tiny, tmp_path, unbroken, points):
 def test_killed_at_random_times_it_goes_on(tiny, tmp_path, unbroken):
     argv = [*tiny, *METHODS, "--out", str(tmp_path)]
     for i in range(20):
-        child = subprocess.Popen([sys.executable, "selw2s.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "selw2s.py", *argv], cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE)
         child.stdout.readline()                         # torch is loaded, the run begins
         time.sleep(0.03 * i)
         child.kill()
@@ -127,7 +129,8 @@ def test_full_disk_loses_no_finished_stage(tiny, tmp_path, unbroken):
     import resource
     argv = [*tiny, *METHODS, "--out", str(tmp_path)]
     full = run(argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
-    assert full.returncode == 2 and "Traceback" not in full.stderr and len(full.stderr.strip().splitlines()) == 1
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert len(full.stderr.strip().splitlines()) == 1
     done = {f.name for f in (tmp_path / "cache").iterdir()}
     assert len(done) == 3 and not any(name.startswith(".") for name in done)      # weak and its two folds
     assert run(argv).returncode == 0

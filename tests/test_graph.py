@@ -1,0 +1,364 @@
+"""graph.py against dense float64 oracles: brute-force neighbours, the dense solve of I - alpha S, and the properties both must have.
+
+    python -m pytest tests/test_graph.py        about 15 seconds on two cores; no network, no GPU (one test wants a GPU and skips)
+"""
+import warnings
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.torch import load_file
+
+import graph
+
+GOLDEN = Path(__file__).parent / "golden" / "graph.safetensors"
+several = settings(max_examples=150, deadline=None, derandomize=True)
+ATOL = 2e-6     # float32 rounding of a similarity of at most 1, twice over
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def brute_force(x, q, metric):
+    """All similarities (Q, N), float64, by the definition."""
+    x, q = x.double(), q.double()
+    if metric == "euclidean":
+        return 1 / (1 + torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist"))
+    unit = [v / v.norm(dim=1, keepdim=True).where(v.norm(dim=1, keepdim=True) > 0, torch.tensor(1.0)) for v in (q, x)]
+    return unit[0] @ unit[1].T
+
+
+def check_neighbours(x, k, index, similarity, metric="cosine", queries=None):
+    truth = brute_force(x, x if queries is None else queries, metric)
+    if queries is None:
+        truth.fill_diagonal_(-torch.inf)
+    k = min(k, len(x) - (queries is None))
+    assert index.shape == similarity.shape == (len(truth), k) and index.dtype == torch.int64
+    if k == 0:
+        return
+    assert all(len(set(row)) == k for row in index.tolist())
+    torch.testing.assert_close(similarity.double(), truth.gather(1, index), rtol=0, atol=ATOL)          # also: never self
+    torch.testing.assert_close(similarity.double(), truth.topk(k).values, rtol=0, atol=ATOL)            # nothing nearer left out
+    assert (similarity[:, 1:] <= similarity[:, :-1]).all()
+    if metric == "cosine":
+        tied = similarity[:, 1:] == similarity[:, :-1]
+        assert (index[:, 1:] > index[:, :-1])[tied].all()
+
+
+@st.composite
+def features(draw, least=1, most=70):
+    """Gaussian rows, some repeated, some zero, some far from the rest."""
+    n, d = draw(st.integers(least, most)), draw(st.sampled_from([1, 2, 3, 7, 19]))
+    g = rng(draw(st.integers(0, 2**31)))
+    x = torch.randn(n, d, generator=g) + draw(st.sampled_from([0.0, 3.0]))
+    twins = draw(st.integers(0, n))
+    x[torch.randint(n, (twins,), generator=g)] = x[torch.randint(n, (twins,), generator=g)]
+    if draw(st.booleans()):
+        x[torch.randint(n, (2,), generator=g)] = 0
+    if draw(st.booleans()):
+        x[torch.randint(n, (1,), generator=g)] *= 1e3
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------- neighbours
+
+@several
+@given(features(), st.integers(1, 80), st.sampled_from([1, 32, 2048]), st.sampled_from(["cosine", "euclidean"]),
+       st.sampled_from([torch.float32, torch.bfloat16]))
+def test_neighbours_are_brute_force(x, k, block, metric, tile):
+    check_neighbours(x, k, *graph.knn(x, k, metric=metric, block=block, tile=tile), metric)
+
+
+@several
+@given(features(), features(), st.integers(1, 80), st.sampled_from([16, 2048]), st.sampled_from(["cosine", "euclidean"]))
+def test_neighbours_of_queries(x, q, k, block, metric):
+    q = torch.cat((q[:, :x.shape[1]].repeat(1, x.shape[1])[:, :x.shape[1]], x[:3]))      # some queries are rows of x: not excluded
+    check_neighbours(x, k, *graph.knn(x, k, queries=q, metric=metric, block=block), metric, q)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", ["random", "clusters", "sorted", "lattice"])
+def test_no_block_changes_a_bit(metric, kind):
+    """Clusters far tighter than float32 tiles resolve, an order in which every later block is nearer, and many exact ties."""
+    g, N = rng(3), 331
+    x = {"random": torch.randn(N, 11, generator=g),
+         "clusters": torch.randn(7, 11, generator=g)[torch.randint(7, (N,), generator=g)] + 1e-4 * torch.randn(N, 11, generator=g),
+         "sorted": torch.linspace(1, 2, N)[:, None] ** torch.arange(5),
+         "lattice": torch.randint(-1, 2, (N, 4), generator=g).float()}[kind]
+    want = graph.knn(x, 13, metric=metric, block=16)
+    check_neighbours(x, 13, *want, metric)
+    for block in (50, 160, 2048):
+        for got in graph.knn(x, 13, metric=metric, block=block), graph.knn(x, 13, metric=metric, block=block, tile=torch.float64):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_ties_go_to_the_lower_index():
+    """+-1 vectors of length 16: unit rows and products are exact, so ties are exact and a stable sort is the truth."""
+    x = torch.randint(0, 2, (200, 16), generator=rng(0)) * 2 - 1
+    truth = (x @ x.T).fill_diagonal_(-99).sort(dim=1, descending=True, stable=True)
+    for block in (16, 64, 2048):
+        index, similarity = graph.knn(x, 23, block=block)
+        assert torch.equal(index, truth.indices[:, :23]) and torch.equal(similarity, truth.values[:, :23] / 16)
+    index, _ = graph.knn(torch.ones(100, 3), 5, block=16)       # more twins than any shortlist holds
+    assert index[0].tolist() == [1, 2, 3, 4, 5] and index[3].tolist() == [0, 1, 2, 4, 5] and index[99].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_self_is_excluded_by_its_number():
+    x = torch.randn(60, 5, generator=rng(1)).repeat(2, 1)       # every row has a twin, and column 0 is not self for the second half
+    for metric in ("cosine", "euclidean"):
+        index, similarity = graph.knn(x, 1, metric=metric)
+        assert torch.equal(index[:, 0], (torch.arange(120) + 60) % 120)
+        torch.testing.assert_close(similarity, torch.ones(120, 1))
+        torch.testing.assert_close(graph.knn(x, 1, queries=x, metric=metric)[0][:, 0], torch.arange(60).repeat(2))
+
+
+def test_bfloat16_tiles_find_the_same_neighbours():
+    """Alone they find the right set in the stated share of rows, less when the rows share a direction; re-scored, in every row."""
+    for offset, least, most in ((0, 0.8, 0.95), (2, 0.2, 0.4)):
+        x = torch.randn(1500, 64, generator=rng(2)) + offset
+        want, similarity = graph.knn(x, 10)
+        unit = torch.nn.functional.normalize(x).bfloat16()
+        alone = (unit @ unit.T).float().fill_diagonal_(-2).topk(10).indices
+        assert least <= (alone.sort().values == want.sort().values).all(1).float().mean() <= most
+        for tile in (torch.bfloat16, torch.float16):
+            got = graph.knn(x, 10, tile=tile)
+            assert torch.equal(got[0], want) and torch.equal(got[1], similarity)
+
+
+def test_a_smaller_k_is_a_prefix():
+    x = torch.randn(400, 7, generator=rng(4))
+    index, similarity = graph.knn(x, 50)
+    for k in (1, 10, 49):
+        got = graph.knn(x, k)
+        assert torch.equal(got[0], index[:, :k]) and torch.equal(got[1], similarity[:, :k])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_every_real_input_and_none_is_modified(metric):
+    whole = torch.randint(-40, 40, (90, 26), generator=rng(5))
+    strided = whole[::2, 1::3].float()
+    want = graph.knn(strided.clone(), 5, metric=metric)
+    for x in (strided, whole[::2, 1::3], strided.half(), strided.double(), strided.T.contiguous().T, strided.numpy(),
+              strided.clone().requires_grad_(), whole[::2, 1::3].to(torch.int8)):
+        before = torch.as_tensor(x).detach().clone()
+        index, similarity = graph.knn(x, 5, metric=metric)
+        assert torch.equal(torch.as_tensor(x).detach(), before)
+        check_neighbours(strided, 5, index, similarity.float(), metric)
+        assert similarity.dtype == (torch.float64 if torch.as_tensor(x).dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(similarity.float(), want[1])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_scale_and_offset(metric):
+    """Squares that overflow or vanish, and distances that are small beside the coordinates."""
+    x = torch.randn(80, 9, generator=rng(6), dtype=torch.float64)
+    want = graph.knn(x, 6, metric=metric)[0]
+    for y in (x * 1e300, x * 1e-300, (x * 2.0 ** 100).float(), (x * 2.0 ** -100).float()):
+        assert (graph.knn(y, 6, metric=metric)[0] == want).float().mean() > 0.99
+    if metric == "euclidean":
+        index, similarity = graph.knn(x + 1e6, 6, metric=metric)
+        assert torch.equal(index, want)
+        torch.testing.assert_close(1 / similarity[:, 0] - 1, torch.cdist(x, x).fill_diagonal_(9).amin(1), rtol=1e-6, atol=0)
+
+
+def test_one_row_and_one_column():
+    for metric in ("cosine", "euclidean"):
+        index, similarity = graph.knn(torch.ones(1, 4), 3, metric=metric)
+        assert index.shape == similarity.shape == (1, 0)
+        index, similarity = graph.knn(torch.ones(1, 4), 3, queries=torch.ones(2, 4), metric=metric)
+        assert index.tolist() == [[0], [0]] and similarity.tolist() == [[1], [1]]
+    W = graph.affinity(*graph.knn(torch.ones(1, 4), 3))
+    assert graph.propagate(graph.normalise(W), torch.tensor([[0.3, 0.7]]), 0.9).F.tolist() == torch.tensor([[0.3, 0.7]]).double().tolist()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda x: graph.knn(x[:0], 3), "not empty"), (lambda x: graph.knn(x[:, :0], 3), "not empty"),
+    (lambda x: graph.knn(x[0], 3), r"\(N, d\)"), (lambda x: graph.knn(x, 0), "k must be at least 1"),
+    (lambda x: graph.knn(x * torch.nan, 3), "x holds NaN"), (lambda x: graph.knn(x / 0, 3), "x holds NaN"),
+    (lambda x: graph.knn(x, 3, queries=x * torch.nan), "queries holds NaN"), (lambda x: graph.knn(x, 3, queries=x[:, :2]), "2"),
+    (lambda x: graph.knn(x, 3, metric="dot"), "dot"), (lambda x: graph.knn(x + 1j, 3), "complex"),
+    (lambda x: graph.affinity(torch.tensor([[1]]), torch.ones(1, 1)), "index"),
+    (lambda x: graph.affinity(torch.tensor([[1], [0]]), torch.ones(2, 2)), "shape|must be"),
+    (lambda x: graph.affinity(torch.tensor([[1], [0]]), torch.tensor([[torch.nan], [1]])), "NaN")])
+def test_what_is_refused(call, words):
+    with pytest.raises(ValueError, match=words) as error:
+        call(torch.randn(7, 5, generator=rng(7)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tile", [torch.float32, torch.bfloat16])
+def test_cuda_finds_the_same_neighbours(tile):
+    x = torch.randn(5000, 96, generator=rng(8))
+    want, got = graph.knn(x, 10), graph.knn(x.cuda(), 10, tile=tile)
+    assert torch.equal(want[0], got[0].cpu())
+    torch.testing.assert_close(want[1], got[1].cpu())
+
+
+# ------------------------------------------------------------------------------------------------------- affinity, normalise
+
+def dense_affinity(index, similarity, gamma):
+    A = torch.zeros(len(index), len(index), dtype=torch.float64)
+    A.scatter_(1, index, similarity.double().clamp(min=0) ** gamma)
+    return A + A.T
+
+
+@several
+@given(features(), st.integers(1, 30), st.sampled_from([0.5, 1.0, 3.0]))
+def test_affinity_and_normalise_are_their_formulas(x, k, gamma):
+    index, similarity = graph.knn(x, k)
+    W = graph.affinity(index, similarity, gamma=gamma)
+    S = graph.normalise(W)
+    assert W.layout == S.layout == torch.sparse_csr and W.dtype == S.dtype == torch.float64
+    assert (W.values() > 0).all() and torch.equal(S.crow_indices(), W.crow_indices())
+    W, S = W.to_dense(), S.to_dense()
+    torch.testing.assert_close(W, dense_affinity(index, similarity, gamma), rtol=1e-12, atol=0)
+    assert torch.equal(W, W.T) and torch.equal(S, S.T) and (W.diagonal() == 0).all()
+    scale = torch.where(W.sum(1) > 0, W.sum(1), torch.inf).rsqrt()
+    torch.testing.assert_close(S, scale[:, None] * W * scale, rtol=1e-12, atol=0)
+    assert torch.linalg.eigvalsh(S).abs().max() <= 1 + 1e-12
+
+
+def test_affinity_by_hand():
+    index, similarity = torch.tensor([[1, 2], [0, 2], [3, 1], [3, 0]]), torch.tensor([[.5, -.5], [.5, .25], [0., .25], [1., .1]])
+    W = graph.affinity(index, similarity, gamma=2).to_dense()     # 0-1 and 1-2 mutual: twice; 0-2 negative; 2-3 zero; 3-3 self
+    want = torch.tensor([[0, .5, 0, .01], [.5, 0, .125, 0], [0, .125, 0, 0], [.01, 0, 0, 0]]).double()
+    torch.testing.assert_close(W, want, rtol=1e-6, atol=0)
+    assert graph.affinity(index, similarity, gamma=0).to_dense().tolist() == [[0, 2, 0, 1], [2, 0, 2, 0], [0, 2, 0, 0], [1, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- propagation
+
+def dense_solve(S, Y, alpha, clamp=None):
+    """F_u = (I - alpha S_uu)^-1 ((1 - alpha) Y_u + alpha S_uc Y_c) in dense float64; rows that are isolated or clamped are Y."""
+    S, F = S.to_dense(), Y.double().clone()
+    u = S.any(1) if clamp is None else S.any(1) & ~clamp
+    A = torch.eye(int(u.sum()), dtype=torch.float64) - alpha * S[u][:, u]
+    F[u] = torch.linalg.solve(A, (1 - alpha) * F[u] + alpha * S[u][:, ~u] @ F[~u])
+    return F
+
+
+@st.composite
+def problems(draw):
+    """(S, Y): one to three components, each a kNN graph, some rows cut off; several label columns, some constant or zero."""
+    parts, k = draw(st.integers(1, 3)), draw(st.integers(1, 11))
+    blocks = [graph.affinity(*graph.knn(draw(features(2, 40)), k)).to_dense() for _ in range(parts)]
+    g, W = rng(draw(st.integers(0, 2**31))), torch.block_diag(*blocks)
+    alone = torch.randint(len(W), (draw(st.integers(0, 3)),), generator=g)
+    W[alone], W[:, alone] = 0, 0
+    Y = torch.rand(len(W), draw(st.sampled_from([1, 2, 3, 5])), generator=g)
+    Y[:, 0] = draw(st.sampled_from([0.0, 1.0])) if draw(st.booleans()) else Y[:, 0]
+    return graph.normalise(W.to_sparse_csr()), Y
+
+
+alphas = st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 0.999])
+
+
+@several
+@given(problems(), alphas, st.booleans())
+def test_propagation_is_the_dense_solution(problem, alpha, anchored):
+    S, Y = problem
+    clamp = torch.arange(len(Y)) % 3 == 1 if anchored else None
+    before = Y.clone()
+    F, iterations, residual = graph.propagate(S, Y, alpha, clamp=clamp)
+    want = dense_solve(S, Y, alpha, clamp)
+    assert (F - want).abs().max() <= 1e-6 and residual <= 1e-6 and F.dtype == torch.float64 and torch.equal(Y, before)
+    assert iterations <= len(Y) + 5
+    kept = ~S.to_dense().any(1) if clamp is None else clamp | ~S.to_dense().any(1)
+    assert torch.equal(F[kept], Y[kept].double())
+    gap = ((1 - alpha) * Y.double() + alpha * (S @ F) - F)[~kept]
+    assert gap.numel() == 0 or gap.norm(dim=0).max() <= 1e-6
+    if alpha == 0:
+        assert torch.equal(F, Y.double()) and iterations == 0
+    tight = graph.propagate(S, Y, alpha, clamp=clamp, tol=1e-11)
+    assert (tight.F - want).abs().max() <= 1e-11 and (tight.F - want).abs().max() <= tight.residual * Y.abs().max() + 1e-13
+
+
+@several
+@given(problems(), alphas)
+def test_symmetries(problem, alpha):
+    """Swapping classes or renumbering nodes does the same to F; a column does not see the others; F is linear in Y."""
+    S, Y = problem
+    F = graph.propagate(S, Y, alpha, tol=1e-10).F
+    close = dict(rtol=0, atol=1e-9)
+    torch.testing.assert_close(graph.propagate(S, Y.flip(1), alpha, tol=1e-10).F, F.flip(1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(graph.propagate(S, Y[:, :1], alpha, tol=1e-10).F, F[:, :1], rtol=0, atol=1e-14)
+    order = torch.randperm(len(Y), generator=rng(len(Y)))
+    moved = S.to_dense()[order][:, order].to_sparse_csr()
+    torch.testing.assert_close(graph.propagate(moved, Y[order], alpha, tol=1e-10).F, F[order], **close)
+    torch.testing.assert_close(graph.propagate(S, 3 * Y.double(), alpha, tol=1e-10).F, 3 * F, **close)
+    assert F.min() >= -1e-9                     # a sum of non-negative terms
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_components_never_mix(clamped):
+    left, right = torch.randn(41, 3, generator=rng(9)), torch.randn(53, 3, generator=rng(10))
+    W = torch.block_diag(*(graph.affinity(*graph.knn(x, 5)).to_dense() for x in (left, right)))
+    S, Y = graph.normalise(W.to_sparse_csr()), torch.zeros(94, 2)
+    Y[:41] = torch.rand(41, 2, generator=rng(11))
+    F = graph.propagate(S, Y, 0.99, clamp=torch.arange(94) < 20 if clamped else None).F
+    assert (F[41:] == 0).all() and (F[:41] > 0).all()
+
+
+def test_harmonic_limit():
+    """A path with both ends clamped: for alpha -> 1, F / sqrt(degree) is the straight line between them."""
+    W = torch.diag(torch.ones(10), 1) + torch.diag(torch.ones(10), -1)
+    S, ends = graph.normalise(W.double().to_sparse_csr()), torch.tensor([0, 10])
+    Y = torch.zeros(11, 1)
+    Y[10] = 1
+    F = graph.propagate(S, Y, 1 - 1e-9, clamp=torch.isin(torch.arange(11), ends)).F
+    torch.testing.assert_close((F / W.sum(1).sqrt()[:, None])[:, 0], torch.linspace(0, 1, 11).double(), rtol=0, atol=1e-6)
+
+
+def test_not_converged_is_said():
+    S = graph.normalise(graph.affinity(*graph.knn(torch.randn(300, 3, generator=rng(12)), 4)))
+    Y = torch.rand(300, 2, generator=rng(13))
+    with pytest.warns(UserWarning, match="raise max_iter"):
+        result = graph.propagate(S, Y, 0.99, max_iter=3)
+    assert result.iterations == 3 and result.residual > 1e-3
+    gap = (0.01 * Y.double() + 0.99 * (S @ result.F) - result.F).norm(dim=0) / (0.01 * Y.double().abs().amax(0))
+    assert result.residual == pytest.approx(gap.max().item(), rel=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graph.propagate(S, Y, 0.99).iterations > 3
+
+
+def test_a_converged_column_stands_still():
+    """The first column is in the graph's null residual (it is its own fixed point), the second is not; both must be right."""
+    S = graph.normalise(graph.affinity(*graph.knn(torch.randn(200, 3, generator=rng(14)), 6)))
+    top = torch.linalg.eigh(S.to_dense()).eigenvectors[:, -1]       # S v = v, so F = Y = v
+    Y = torch.stack((top, torch.rand(200, generator=rng(15)).double(), torch.zeros(200)), 1)
+    F = graph.propagate(S, Y, 0.99).F
+    torch.testing.assert_close(F, dense_solve(S, Y, 0.99), rtol=0, atol=1e-6)
+    assert (F[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("Y, alpha, words", [
+    (torch.ones(9, 2), 1.0, "alpha"), (torch.ones(9, 2), -0.1, "alpha"), (torch.ones(9, 2), float("nan"), "alpha"),
+    (torch.ones(8, 2), 0.5, "Y must be"), (torch.ones(9), 0.5, "Y must be"), (torch.ones(9, 0), 0.5, "Y must be"),
+    (torch.full((9, 2), torch.nan), 0.5, "Y must be"), (torch.full((9, 2), torch.inf), 0.5, "Y must be")])
+def test_what_propagate_refuses(Y, alpha, words):
+    S = graph.normalise(graph.affinity(*graph.knn(torch.randn(9, 3, generator=rng(16)), 2)))
+    with pytest.raises(ValueError, match=words):
+        graph.propagate(S, Y, alpha)
+
+
+def test_golden():
+    """The file a porter passes without torch (see golden/make_graph.py) is what this code gives."""
+    g = load_file(GOLDEN)
+    for metric in ("cosine", "euclidean"):
+        index, similarity = graph.knn(g["x"], g[f"{metric}.index"].shape[1], metric=metric)
+        assert torch.equal(index, g[f"{metric}.index"].long())
+        torch.testing.assert_close(similarity, g[f"{metric}.similarity"], rtol=0, atol=1e-6)
+    W = graph.affinity(g["cosine.index"].long(), g["cosine.similarity"])
+    S = graph.normalise(W)
+    assert torch.equal(S.crow_indices(), g["S.crow"].long()) and torch.equal(S.col_indices(), g["S.col"].long())
+    torch.testing.assert_close(W.values(), g["W.value"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(S.values(), g["S.value"], rtol=1e-12, atol=0)
+    for name, alpha, clamp in (("F.half", 0.5, None), ("F.ninety_nine", 0.99, None), ("F.clamped", 0.9, g["clamp"].bool())):
+        torch.testing.assert_close(graph.propagate(S, g["Y"], alpha, clamp=clamp).F, g[name], rtol=0, atol=1e-6)
+    assert len(g["x"]) == 97 and np.prod(g["Y"].shape) == 97 * 3
