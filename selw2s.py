@@ -282,7 +282,7 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
     alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
     ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
     ks = tuple(k for k in ks if k < len(prior)) or (len(prior) - 1,)
-    if not rows.any():
+    if rows.sum() < 2:
         return Smoothing(0, 0.0, ks[0], None, None)
     right = ((prior > 0.5) == (truth > 0.5))[rows].double()
     best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
@@ -344,9 +344,12 @@ class Stages:
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
-    def __call__(self, name: str, depends: tuple,
-                 compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        path = self.directory / f"{name}-{digest(name, self.source, *depends)}.safetensors"
+    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
+                 **work) -> dict[str, Tensor]:
+        """compute(path) -> tensors, or the stored ones. It may keep its state in path, removed at the end. name
+        and work (steps, tokens: numbers for the log) do not enter the key."""
+        path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
+        unfinished = path.with_name(f".{path.stem}.unfinished")
         if path.exists():
             try:
                 tensors = load_file(path)
@@ -360,8 +363,10 @@ class Stages:
         start = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        tensors = {key: value.contiguous() for key, value in compute().items()}
-        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb()}
+        tensors = {key: value.contiguous() for key, value in compute(unfinished).items()}
+        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(), **work}
+        if "tokens" in work:
+            record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
         self.log.append({"name": name, "cached": False, **record})
         record["sha256"] = digest(*(tensors[key] for key in sorted(tensors)))
         blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
@@ -369,6 +374,7 @@ class Stages:
         try:
             save_file({**tensors, "record": blob}, temporary)
             os.replace(temporary, path)
+            unfinished.unlink(missing_ok=True)
         finally:
             temporary.unlink(missing_ok=True)
         return tensors
@@ -388,6 +394,7 @@ class Side(NamedTuple):
     tokenizer: object
     sha256: str
     lr: float
+    large: bool         # a billion parameters or more: activations are recomputed in the backward pass
 
 
 def open_side(source: str, config: Config) -> Side:
@@ -400,22 +407,24 @@ def open_side(source: str, config: Config) -> Side:
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Side(model, tokenizer, h.hexdigest(), auto if config.lr == "auto" else float(config.lr))
+    return Side(model, tokenizer, h.hexdigest(), auto if config.lr == "auto" else float(config.lr), size >= 1e9)
 
 
 def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Config, seed: int, stages: Stages,
             target_fn=None) -> dict[str, Tensor]:
     """Finetune the side's model on sequences, targets (n,): {"p": P(y = 1) (len(ask),), "weights": hash}."""
-    settings = dict(lr=side.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune)
+    settings = dict(lr=side.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
+                    checkpoint=side.large)
 
-    def compute():
+    def compute(unfinished):
         student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name),
-                           **settings)
+                           save=unfinished, **settings)
         weights = digest(*(t for _, t in sorted(student.state().items())))
         return {"p": student.predict(ask),
                 "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
     depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask)
-    return stages(name, depends, compute)
+    return stages("finetune", name, depends, compute, steps=config.epochs * -(-len(sequences) // config.batch),
+                  tokens=config.epochs * sum(map(len, sequences)))
 
 
 def counter(name: str):
@@ -470,22 +479,23 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages,
         if longest > strong.model.config.context:
             raise DataError(f"a prompt of {longest} tokens is over the strong model's "
                             f"{strong.model.config.context}: use fewer --shots or shorter questions")
-        return stages(name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
-                      lambda: read(strong.model, heads, tails, pick, layers=layers)._asdict())
+        return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
+                      lambda _: read(strong.model, heads, tails, pick, layers=layers)._asdict(),
+                      tokens=sum(len(h) + sum(map(len, t)) for h, t in zip(heads, tails)))
 
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in shots)
     completions = [[completion(q, i) for i in range(len(q.options))] for q in questions]
     pick = [row.option for row in rows]
-    reading = ask("read-strong", [before + prompt(q) for q in questions], completions, pick)
+    reading = ask("read", [before + prompt(q) for q in questions], completions, pick)
     score = reading["loglik"]                                               # (N, K)
     if config.own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
     elif config.own == "pmi":
         last = [prompt(q).split()[-1] for q in questions]           # "A:", "Answer:": nothing of the question
-        alone = ask("read-unconditional", last, completions, [-1] * len(rows))["loglik"]
+        alone = ask("read unconditional", last, completions, [-1] * len(rows))["loglik"]
         score = score - alone.nan_to_num(neginf=0.0)
     elif config.own == "judge":
-        score = ask("read-judge", [before + row.text + JUDGE for row in rows], [[" 0", " 1"]] * len(rows),
+        score = ask("read judge", [before + row.text + JUDGE for row in rows], [[" 0", " 1"]] * len(rows),
                     [-1] * len(rows))["loglik"]
     tell(f"3 prompt   {before + prompt(questions[0])!r:.200} + one of {completions[0]}")
     belief = score.softmax(1)
@@ -671,7 +681,7 @@ def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: 
     s = select(config, p, known.p_ik)
     c = s.chosen
     tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
-    tell("6 smooth   nothing left to smooth: every label is the strong model's own" if c.before is None else
+    tell("6 smooth   nothing left to smooth: the labels are the strong model's own" if c.before is None else
          f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
          f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
     return pack(config, p, known, s, students(config, p, s, known.p_ik, strong, seed, stages, tell), seed)
@@ -809,21 +819,25 @@ def fit(task, sides, config: Config, tell):
 
     def cut_one(q):
         nonlocal shortened
-        # a token is a character or more
-        if len(prompt(q)) + max(map(len, q.options)) + 16 <= room or (over := excess(q)) <= 0:
+        most = len((prompt(q) + max(q.options, key=len)).encode()) + 64     # a token is a byte or more
+        if most <= room or (over := excess(q)) <= 0:
             return q
         shortened += 1
         words = q.context.split(" ")
         while over > 0:
-            words = words[:-max(1, over // 4)]
+            words = words[:-max(1, len(words) * over // (2 * (over + room)))]
             if not words:
                 raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
                                 "even without its context: shorten it")
             q = q._replace(context=" ".join(words))
             over = excess(q)
         return q
-    parts = {part: [cut_one(q) for q in getattr(task, part)[:config.limit or None]]
-             for part in ("train", "test")}
+    seen = {q.group for q in task.test} if config.protocol == "paper" else ()
+    train = [q for q in task.train if q.group not in seen]
+    if len(train) < len(task.train):
+        tell(f"data      {len(task.train) - len(train)} train questions left out: test asks them or has their passage")
+    parts = {"train": [cut_one(q) for q in train[:config.limit or None]],
+             "test": [cut_one(q) for q in task.test[:config.limit or None]]}
     if shortened:
         tell(f"data      {shortened} contexts cut at their end to fit {room} tokens")
     return task._replace(**parts)

@@ -213,29 +213,30 @@ def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
     calls, told = [], []
     stages = s.Stages(tmp_path, told.append)
 
-    def compute():
+    def compute(unfinished):
         calls.append(1)
+        unfinished.write_text("half")
         return {"p": torch.arange(4.0), "n": torch.tensor([7])}
-    first = stages("weak", (1, torch.ones(2)), compute)
-    again = s.Stages(tmp_path, told.append)("weak", (1, torch.ones(2)), compute)
+    first = stages("finetune", "weak", (1, torch.ones(2)), compute)
+    again = s.Stages(tmp_path, told.append)("finetune", "cross", (1, torch.ones(2)), compute)
     assert len(calls) == 1 and torch.equal(first["p"], again["p"]) and set(again) == {"p", "n"}
-    stages("weak", (2, torch.ones(2)), compute)
+    stages("finetune", "weak", (2, torch.ones(2)), compute)
     assert len(calls) == 2
     file = sorted(tmp_path.iterdir())[0]
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 4                                        # one bit
     file.write_bytes(raw)
     for n in (1, 2):
-        stages("weak", (n, torch.ones(2)), compute)
+        stages("finetune", "weak", (n, torch.ones(2)), compute)
     assert len(calls) == 3 and len(told) == 1 and "damaged" in told[0]
     file.write_bytes(file.read_bytes()[:50])            # truncated
     for n in (1, 2):
-        stages("weak", (n, torch.ones(2)), compute)
+        stages("finetune", "weak", (n, torch.ones(2)), compute)
     assert len(calls) == 4 and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
 def test_interrupted_stage_leaves_nothing(tmp_path):
     stages = s.Stages(tmp_path, print)
     with pytest.raises(KeyboardInterrupt):
-        stages("weak", (), lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        stages("read", "read", (), lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert list(tmp_path.iterdir()) == []

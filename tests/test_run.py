@@ -149,8 +149,8 @@ def test_what_changes_the_result_changes_the_key(tiny, tmp_path):
         return {s["name"]: s["cached"] for s in result["stages"]}
     assert not any(names().values())
     assert all(names("--k", "5").values())              # concerns no stage of these methods
-    assert not any(v for k, v in names("--epochs", "1").items() if k != "read-strong")
-    assert names("--shots", "2") == {"weak": True, "cross-0": True, "cross-1": True, "read-strong": False,
+    assert not any(v for k, v in names("--epochs", "1").items() if k != "read")
+    assert names("--shots", "2") == {"weak": True, "cross-0": True, "cross-1": True, "read": False,
                                      "naive": True}
     assert not any(v for k, v in names("--seeds", "1").items())
 
@@ -201,3 +201,77 @@ def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     result = go(tiny, tmp_path)
     assert [s["cached"] for s in result["stages"]][:4] == [True, True, True, False]
+
+
+# ---------------------------------------------------------------------------------- own answers, P(IK), analyses
+@pytest.mark.parametrize("flags", [("--own", "mean"), ("--own", "pmi"), ("--own", "judge"), ("--shots", "3"),
+                                   ("--target", "soft"), ("--anchors", "0"), ("--tune", "head"), ("--tune", "lora"),
+                                   ("--protocol", "openai")])
+def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flags):
+    fixed = ("--tau", "0.3", "--alpha", "0.5", "--k", "5")
+    result, plain = go(tiny, tmp_path / "a", *fixed, *flags), go(tiny, tmp_path / "b", *fixed)
+    a, b = arrays(result, tmp_path / "a"), arrays(plain, tmp_path / "b")
+    assert any(a[key].shape != b[key].shape or (a[key] != b[key]).any() for key in b)
+    assert result["metrics"]["methods"]["self-only"]["ground_truth_labels"] == (3 if "--shots" in flags else 0)
+
+
+def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
+    """Against one plain forward pass per (question, option)."""
+    from model import load
+    result, out = full
+    data, task = arrays(result, out), selw2s.load_task(tiny[1])
+    model, tokenizer = load(tiny[5])
+    question = {q.id: q for q in task.test}
+    for item, own in list(zip(data["seed0/test/id"], data["seed0/test/own"]))[:12]:
+        name, shown = item.rsplit("/", 1)
+        q, scores = question[name], []
+        for i in range(4):
+            head, whole = tokenizer.encode([selw2s.prompt(q), selw2s.prompt(q) + selw2s.completion(q, i)])
+            hidden = model.hidden(torch.tensor([whole]), torch.tensor([len(whole)]))
+            logp = model.logits(hidden)[0].log_softmax(-1)
+            scores.append(sum(float(logp[t - 1, whole[t]]) for t in range(len(head), len(whole))))
+        assert own == float(int(np.argmax(scores)) == int(shown))
+
+
+@pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 20)])
+def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
+    result = go(tiny, tmp_path, "--methods", "naive", "--seeds", "0", "1", "--analysis", analysis)
+    assert len(result["analysis"]) == rows
+    for metrics in result["analysis"].values():
+        assert [m["seed"] for m in metrics] == [0, 1] and all(0 <= m["accuracy"] <= 1 for m in metrics)
+    if analysis == "sweep":
+        naive = result["metrics"]["methods"]["naive"]
+        for row in ("tau 1.01 (route-only)", "alpha 0 (graph-only)"):       # the off-identities, as rows
+            assert [m["accuracy"] for m in result["analysis"][row]] == pytest.approx(naive["per_seed"])
+        coverage = [np.mean([m["coverage"] for m in v]) for k, v in result["analysis"].items() if k.startswith("tau")]
+        assert coverage[0] == 1 and coverage[-1] == 0 and coverage == sorted(coverage, reverse=True)
+
+
+def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny, tmp_path):
+    from data import Question, Task
+    config, sides = selw2s.parse(list(tiny)), []
+    for i in (3, 5):
+        sides.append(selw2s.open_side(tiny[i], config))
+    words = " ".join(f"w{i}" for i in range(400))
+    long = Question("a", "a", words, "Which word is last?", ("w1", "w399", "w7", "none of them at all"), 1)
+    short = long._replace(id="b", group="b", context="w0 w1")
+    told = []
+    task = selw2s.fit(Task("t", [short], [long], "", ""), sides, config, told.append)
+    assert task.train == [short] and len(told) == 1
+    kept = task.test[0]
+    assert words.startswith(kept.context) and kept._replace(context="") == long._replace(context="")
+    texts = [selw2s.prompt(kept) + selw2s.completion(kept, i) for i in range(4)]
+    longest = max(len(ids) for side in sides for ids in side.tokenizer.encode(texts))
+    assert 128 - 16 < longest <= 128
+    with pytest.raises(selw2s.DataError, match="even without its context"):
+        selw2s.fit(Task("t", [short], [long._replace(context="", question=words)], "", ""), sides, config, told.append)
+
+
+def test_train_questions_that_test_asks_are_left_out(tiny):
+    from data import Task
+    config, task = selw2s.parse(list(tiny)), selw2s.load_task(tiny[1])
+    sides = [selw2s.open_side(tiny[i], config) for i in (3, 5)]
+    leaky = Task("t", task.train, task.test + task.train[:1], "", "")
+    kept = selw2s.fit(leaky, sides, config, lambda line: None)
+    assert {q.group for q in kept.train}.isdisjoint({q.group for q in kept.test})
+    assert len(kept.train) == len(task.train) - 2        # both questions of that group
