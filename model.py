@@ -1,22 +1,22 @@
 """The networks of the method: checkpoints, hidden states, option log-likelihoods, finetuning.
 
-Selective weak-to-strong generalization (Lang, Huang, Li, arXiv 2511.14166) asks three things of a language model: a
-classifier finetuned on soft labels (weak supervisor, student, ceiling), hidden states (P(IK), graph) and the
-log-likelihood of each option (self-generated labels). All of them run through one plain function, Transformer.packed.
+Selective weak-to-strong generalization (Lang, Huang, Li, arXiv 2511.14166) asks three things of a language model:
+a classifier finetuned on soft labels (weak supervisor, student, ceiling), hidden states (P(IK), graph) and the
+log-likelihood of each option (self-generated labels). All three run through one function, Transformer.packed.
 
-    symbol     here                shape    source
-    P(y = 1)   Classifier.predict  (N,)     soft label, Burns et al. 2023 (arXiv 2312.09390), appendix A; head [D8]
-    log p(a|q) Reading.loglik      (Q, O)   option scores, Kadavath et al. 2022 (arXiv 2207.05221); normalised later [D1]
-    h(q)       Reading.prompt      (Q,n,C)  state at the end of the question: what P(IK) looks at
-    h(q, a)    Reading.item        (Q,n,C)  state at the end of the item: the node of the graph
+    symbol     here                shape      source
+    P(y = 1)   Classifier.predict  (N,)       soft label, Burns et al. 2023 (arXiv 2312.09390), app. A; head [D8]
+    log p(a|q) Reading.loglik      (Q, O)     option scores, Kadavath et al. 2022 (arXiv 2207.05221) [D1]
+    h(q)       Reading.prompt      (Q, n, C)  state at the end of the question: what P(IK) looks at
+    h(q, a)    Reading.item        (Q, n, C)  state at the end of the item: a node of the graph
 
-Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension, I inner width
-of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.
-Packed layout: the tokens of a batch lie end to end, (P, C), so nothing is ever computed for padding; attention looks at
+Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension, I inner
+width of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.
+Packed layout: the tokens of a batch lie end to end, (P, C), and nothing is computed for padding; attention works on
 runs of sequences of one length, (B, H, T, D), where plain causal attention needs no mask.
-Parameters are a plain dict with one set of names for all families: embed pos norm head, and layers.{i}.{norm1 q k v q_norm
-k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in). FAMILIES gives the names in
-the files, config.json the numbers; a part that a family lacks has no tensor, and the network passes it by.
+Parameters are a dict with one set of names for all families: embed pos norm head, layers.{i}.{norm1 q k v q_norm
+k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in). A part that a family
+lacks has no tensor, and the network passes it by.
 """
 import base64
 import itertools
@@ -44,31 +44,30 @@ class TrainError(ValueError):
     """A finetuning run that cannot go on: one line saying at which step, and what to do."""
 
 
-# ---- families -------------------------------------------------------------------------------------------------------
+# ---- families: names in a table, numbers from config.json ------------------------------------------------------
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
 }
-
-# A row says: names (parts -> tensor; several parts: one fused tensor, rows in that order), numbers (field -> config key and
-# the default that transformers' configuration class has for it), bias (config key, its default, the parts that then have
-# one), must (the only value we support), also (keys that are read elsewhere or cannot change the result here), ignore
-# (tensors that are buffers). What neither file nor config shows is a literal, with what proves it beside it.
-LLAMA = dict(
-    prefix="model.",
-    names={"embed": "embed_tokens", "norm": "norm", "head": "lm_head", "norm1": "layers.{}.input_layernorm",
-           "q": "layers.{}.self_attn.q_proj", "k": "layers.{}.self_attn.k_proj", "v": "layers.{}.self_attn.v_proj",
-           "o": "layers.{}.self_attn.o_proj", "norm2": "layers.{}.post_attention_layernorm",
-           "gate": "layers.{}.mlp.gate_proj", "up": "layers.{}.mlp.up_proj", "down": "layers.{}.mlp.down_proj"},
-    numbers=dict(vocab=("vocab_size", 32000), context=("max_position_embeddings", 2048), width=("hidden_size", 4096),
-                 layers=("num_hidden_layers", 32), heads=("num_attention_heads", 32), head_dim=("head_dim", None),
-                 kv_heads=("num_key_value_heads", None), inner=("intermediate_size", 11008), act=("hidden_act", "silu"),
-                 eps=("rms_norm_eps", 1e-6), tied=("tie_word_embeddings", False)),
-    base=("rope_theta", 1e4), fraction=("partial_rotary_factor", 1.0),
-    bias=(("attention_bias", False, "q k v o"), ("mlp_bias", False, "gate up down")),
-    must=dict(rope_interleaved=False), ignore=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-)
+SPELLINGS = dict(  # every key of config.json that a number may stand under
+    vocab=["vocab_size"], context=["max_position_embeddings", "n_positions"], width=["hidden_size", "n_embd"],
+    layers=["num_hidden_layers", "n_layer", "num_layers"], heads=["num_attention_heads", "n_head", "num_heads"],
+    kv_heads=["num_key_value_heads"], head_dim=["head_dim", "kv_channels"],
+    inner=["intermediate_size", "n_inner", "ffn_dim"], tied=["tie_word_embeddings"],
+    act=["activation_function", "hidden_activation", "hidden_act"],
+    eps=["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"],
+    base=["rope_theta", "rotary_emb_base"], local_base=["rope_local_base_freq"],
+    fraction=["partial_rotary_factor", "rotary_pct"], window=["sliding_window", "window_size"],
+    scale=["query_pre_attn_scalar"], attn_cap=["attn_logit_softcapping"], logit_cap=["final_logit_softcapping"],
+    parallel=["use_parallel_residual"], attention_bias=["attention_bias", "enable_bias"],
+    mlp_bias=["mlp_bias", "enable_bias"])
+INERT_KEYS = re.compile(  # keys that change nothing in a forward pass without dropout
+    r"model_type|architectures|auto_map|transformers_version|_name_or_path|(torch_)?dtype|use_cache|is_decoder|prefix"
+    r"|.*(dropout|_pdrop|layerdrop)(_prob)?|initializer_range|init_std|(bos|eos|pad|unk|sep)_token_id|summary_.*"
+    r"|id2label|label2id|_?num_labels|task_specific_params|n_special|predict_special_tokens|output_.*|n_ctx"
+    r"|pretraining_tp|is_llama_config|gradient_checkpointing|chunk_size_feed_forward|is_encoder_decoder|return_dict"
+    r"|problem_type|tokenizer_class|reorder_and_upcast_attn|cache_implementation")
 
 
 def but(row: dict, names: dict = {}, numbers: dict = {}, **changes) -> dict:
@@ -77,138 +76,103 @@ def but(row: dict, names: dict = {}, numbers: dict = {}, **changes) -> dict:
     return row | changes | dict(names=named, numbers=row["numbers"] | numbers)
 
 
-MISTRAL = but(LLAMA, numbers=dict(context=("max_position_embeddings", 131072), kv_heads=("num_key_value_heads", 8),
-                                  inner=("intermediate_size", 14336)),
-                     window=("sliding_window", 4096), slides=lambda i, raw: True)
-QWEN2 = but(
-    LLAMA,
-    numbers=dict(vocab=("vocab_size", 151936), context=("max_position_embeddings", 32768),
-                 kv_heads=("num_key_value_heads", 32), inner=("intermediate_size", 22016)),
-    bias=((None, True, "q k v"),),  # Qwen2Attention: bias=True for q, k, v, False for o; no key says so
-    window=("sliding_window", 4096), slides=lambda i, raw: i >= raw.get("max_window_layers", 28),
-    windowed=False,  # sliding_window: 32768 in Qwen2.5's files is inert, because use_sliding_window is false
-    must=dict(use_mrope=False), also="max_window_layers")
+# A row holds: prefix and names of its tensors (several parts: one fused tensor, rows in that order); numbers, the
+# defaults of transformers' configuration class for absent keys; biased, the parts with a bias whatever the config
+# says; must, keys with the one value we support; also, keys read by a lambda or without effect up to `context`
+# tokens; buffers, tensors that are no weights. What neither file nor config shows is a literal with its proof.
+LLAMA = dict(
+    prefix="model.", buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", must=dict(rope_interleaved=False),
+    names={"embed": "embed_tokens", "norm": "norm", "head": "lm_head", "norm1": "layers.{}.input_layernorm",
+           "q": "layers.{}.self_attn.q_proj", "k": "layers.{}.self_attn.k_proj",
+           "v": "layers.{}.self_attn.v_proj", "o": "layers.{}.self_attn.o_proj",
+           "norm2": "layers.{}.post_attention_layernorm", "gate": "layers.{}.mlp.gate_proj",
+           "up": "layers.{}.mlp.up_proj", "down": "layers.{}.mlp.down_proj"},
+    numbers=dict(vocab=32000, context=2048, width=4096, layers=32, heads=32, kv_heads=None, head_dim=None,
+                 inner=11008, act="silu", eps=1e-6, tied=False, base=1e4, fraction=1.0,
+                 attention_bias=False, mlp_bias=False))
 QK_NORM = {"q_norm": "layers.{}.self_attn.q_norm", "k_norm": "layers.{}.self_attn.k_norm"}
-QWEN3 = but(QWEN2, names=QK_NORM, numbers=dict(head_dim=("head_dim", 128)), bias=(("attention_bias", False, "q k v o"),))
 POST_NORMS = {"post1": "layers.{}.post_attention_layernorm", "post2": "layers.{}.post_feedforward_layernorm"}
+MISTRAL = but(LLAMA, numbers=dict(context=131072, kv_heads=8, inner=14336, window=4096), slides=lambda i, raw: True)
+QWEN2 = but(
+    LLAMA, numbers=dict(vocab=151936, context=32768, kv_heads=32, inner=22016, window=4096),
+    biased="q k v",  # Qwen2Attention: bias=True for q, k, v and False for o; no key says so
+    slides=lambda i, raw: i >= raw.get("max_window_layers", 28),  # and none at all without use_sliding_window
+    also="use_sliding_window max_window_layers", must=dict(use_mrope=False))
+QWEN3 = but(QWEN2, names=QK_NORM, numbers=dict(head_dim=128), biased="")
+OLMO2 = but(
+    LLAMA, names=QK_NORM | POST_NORMS | {"norm1": None, "norm2": None}, numbers=dict(vocab=50304, eps=1e-5),
+    wide_qk_norm=True)  # Olmo2Attention: q_norm and k_norm over all heads together
+PHI3 = but(
+    LLAMA, names={"q": None, "k": None, "v": None, "q k v": "layers.{}.self_attn.qkv_proj",
+                  "gate": None, "up": None, "gate up": "layers.{}.mlp.gate_up_proj"},
+    numbers=dict(vocab=32064, context=4096, width=3072, inner=8192, eps=1e-5, window=None),
+    slides=lambda i, raw: True, also="original_max_position_embeddings")
 GEMMA = but(
-    LLAMA,
-    numbers=dict(vocab=("vocab_size", 256000), context=("max_position_embeddings", 8192), width=("hidden_size", 3072),
-                 layers=("num_hidden_layers", 28), heads=("num_attention_heads", 16), head_dim=("head_dim", 256),
-                 kv_heads=("num_key_value_heads", 16), inner=("intermediate_size", 24576),
-                 act=("hidden_act", "gelu_pytorch_tanh"), tied=("tie_word_embeddings", True)),
-    bias=(("attention_bias", False, "q k v o"),), must=dict(use_bidirectional_attention=False),
-    also="hidden_activation cache_implementation",
-    plus_one=True,      # GemmaRMSNorm multiplies by 1 + weight, in float32
-    embed_scale=True,   # GemmaModel: embeddings times sqrt(width), that factor rounded to the activations' dtype
-    act_means={"gelu": "gelu_pytorch_tanh"})  # the first files say gelu, the weights are tanh's: transformers #29402
+    LLAMA, numbers=dict(vocab=256000, context=8192, width=3072, layers=28, heads=16, kv_heads=16, head_dim=256,
+                        inner=24576, act="gelu_pytorch_tanh", tied=True),
+    must=dict(use_bidirectional_attention=False),
+    plus_one=True,     # GemmaRMSNorm multiplies by 1 + weight, in float32
+    embed_scale=True,  # GemmaModel: embeddings times sqrt(width), a factor rounded to the activations' dtype
+    act_means={"gelu": "gelu_pytorch_tanh"})  # early files say gelu, the weights mean tanh: transformers #29402
 GEMMA2 = but(
     GEMMA, names=POST_NORMS | {"norm2": "layers.{}.pre_feedforward_layernorm"},
-    numbers=dict(
-        width=("hidden_size", 2304), layers=("num_hidden_layers", 26), heads=("num_attention_heads", 8),
-        kv_heads=("num_key_value_heads", 4), inner=("intermediate_size", 9216),
-        act=("hidden_activation", "gelu_pytorch_tanh"), scale=("query_pre_attn_scalar", 256),
-        attn_cap=("attn_logit_softcapping", 50.0), logit_cap=("final_logit_softcapping", 30.0)),
-    also="hidden_act cache_implementation", act_means={},
-    window=("sliding_window", 4096), slides=lambda i, raw: i % 2 == 0)
+    numbers=dict(width=2304, layers=26, heads=8, kv_heads=4, inner=9216, scale=256, attn_cap=50.0, logit_cap=30.0,
+                 window=4096), slides=lambda i, raw: i % 2 == 0)
 GEMMA3 = but(
-    GEMMA2, names=QK_NORM, numbers=dict(
-        vocab=("vocab_size", 262208), context=("max_position_embeddings", 131072),
-        attn_cap=("attn_logit_softcapping", None), logit_cap=("final_logit_softcapping", None)),
-    base=("rope_theta", 1e6), local_base=("rope_local_base_freq", 1e4),  # window layers turn at their own base
-    slides=lambda i, raw: (i + 1) % raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6)) != 0,
-    also="hidden_act cache_implementation sliding_window_pattern _sliding_window_pattern")
-OLMO2 = but(LLAMA, names=QK_NORM | POST_NORMS | {"norm1": None, "norm2": None},  # norms behind the parts, none before
-                   numbers=dict(vocab=("vocab_size", 50304), eps=("rms_norm_eps", 1e-5)),
-                   bias=(("attention_bias", False, "q k v o"),),
-                   wide_qk_norm=True)  # Olmo2Attention: one norm over all heads together
-PHI3 = but(
-    LLAMA,
-    names={"q": None, "k": None, "v": None, "gate": None, "up": None, "q k v": "layers.{}.self_attn.qkv_proj",
-           "gate up": "layers.{}.mlp.gate_up_proj"},
-    numbers=dict(vocab=("vocab_size", 32064), context=("max_position_embeddings", 4096), width=("hidden_size", 3072),
-                 inner=("intermediate_size", 8192), eps=("rms_norm_eps", 1e-5)),
-    must=dict(attention_bias=False), also="original_max_position_embeddings",
-    window=("sliding_window", None), slides=lambda i, raw: True)
+    GEMMA2, names=QK_NORM, numbers=dict(vocab=262208, context=131072, attn_cap=None, logit_cap=None, base=1e6,
+                                        local_base=1e4),  # blocks with a window turn at a base of their own
+    slides=lambda i, raw: (i + 1) % raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6)) > 0,
+    also="sliding_window_pattern _sliding_window_pattern")
 GPT2 = dict(
-    prefix="transformer.",
+    prefix="transformer.", buffers=r"h\.\d+\.attn\.(masked_)?bias", layer_norm=True, biased="q k v o up down",
     names={"embed": "wte", "pos": "wpe", "norm": "ln_f", "head": "lm_head", "norm1": "h.{}.ln_1",
            "q k v": "h.{}.attn.c_attn", "o": "h.{}.attn.c_proj", "norm2": "h.{}.ln_2", "up": "h.{}.mlp.c_fc",
            "down": "h.{}.mlp.c_proj"},
-    numbers=dict(vocab=("vocab_size", 50257), context=("n_positions", 1024), width=("n_embd", 768),
-                 layers=("n_layer", 12), heads=("n_head", 12), inner=("n_inner", None),
-                 act=("activation_function", "gelu_new"), eps=("layer_norm_epsilon", 1e-5),
-                 tied=("tie_word_embeddings", True)),
-    layer_norm=True, bias=((None, True, "q k v o up down"),),
-    transposed=True,  # Conv1D keeps its matrices (in, out)
+    numbers=dict(vocab=50257, context=1024, width=768, layers=12, heads=12, inner=None, act="gelu_new", eps=1e-5,
+                 tied=True),
     must=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-    also="n_ctx reorder_and_upcast_attn", ignore=r"h\.\d+\.attn\.(masked_)?bias",
-)
-QWEN = but(  # first generation: QWenAttention and QWenMLP of the repositories' own modeling_qwen.py
-    GPT2, names={"pos": None, "gate": "h.{}.mlp.w2", "up": "h.{}.mlp.w1"},
-    numbers=dict(vocab=("vocab_size", 151936), context=("seq_length", 8192), width=("hidden_size", 4096),
-                 layers=("num_hidden_layers", 32), heads=("num_attention_heads", 32), head_dim=("kv_channels", 128),
-                 inner=("intermediate_size", 22016), act=(None, "silu"), eps=("layer_norm_epsilon", 1e-6),
-                 tied=("tie_word_embeddings", False)),
-    base=("rotary_emb_base", 1e4), fraction=("rotary_pct", 1.0), bias=((None, True, "q k v"),),
-    layer_norm=False, transposed=False,
-    halved=True,  # intermediate_size counts w1 and w2 together
-    # logn attention and dynamic NTK change nothing up to seq_length tokens, and we take no more
-    also="use_logn_attn use_dynamic_ntk max_position_embeddings use_flash_attn bf16 fp16 fp32 onnx_safe softmax_in_fp32",
-    must=dict(no_bias=True, scale_attn_weights=True, use_cache_quantization=False, use_cache_kernel=False),
-    ignore=r"(h\.\d+\.attn\.)?rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias",
-)
+    transposed=True)  # Conv1D keeps its matrices (in, out)
 GPT_NEO = but(
-    GPT2, names={
-        "q k v": None, "q": "h.{}.attn.attention.q_proj", "k": "h.{}.attn.attention.k_proj", "v": "h.{}.attn.attention.v_proj",
-        "o": "h.{}.attn.attention.out_proj"},
-    numbers=dict(context=("max_position_embeddings", 2048), width=("hidden_size", 2048), layers=("num_layers", 24),
-                 heads=("num_heads", 16), inner=("intermediate_size", None)),
-    bias=((None, True, "o up down"),), transposed=False, must={}, also="attention_types attention_layers",
-    unscaled=True,  # GPTNeoSelfAttention never divides by sqrt(D)
-    window=("window_size", 256), slides=lambda i, raw: (raw.get("attention_layers") or [
-        kind for kinds, n in raw.get("attention_types", [[["global", "local"], 12]]) for kind in kinds * n])[i] == "local",
-    ignore=r"h\.\d+\.attn\.attention\.(masked_)?bias",
-)
-GPT_NEOX = dict(
-    prefix="gpt_neox.",
-    names={"embed": "embed_in", "norm": "final_layer_norm", "head": "embed_out", "norm1": "layers.{}.input_layernorm",
-           "q k v": "layers.{}.attention.query_key_value", "o": "layers.{}.attention.dense",
-           "norm2": "layers.{}.post_attention_layernorm", "up": "layers.{}.mlp.dense_h_to_4h",
-           "down": "layers.{}.mlp.dense_4h_to_h"},
-    numbers=dict(vocab=("vocab_size", 50432), context=("max_position_embeddings", 2048), width=("hidden_size", 6144),
-                 layers=("num_hidden_layers", 44), heads=("num_attention_heads", 64), inner=("intermediate_size", 24576),
-                 act=("hidden_act", "gelu"), eps=("layer_norm_eps", 1e-5), tied=("tie_word_embeddings", False),
-                 parallel=("use_parallel_residual", True)),
-    base=("rotary_emb_base", 1e4), fraction=("rotary_pct", 0.25), layer_norm=True,
-    bias=(("attention_bias", True, "q k v o"), (None, True, "up down")),
-    must={},
-    per_head=True,  # fused rows are (H, 3, D), not (3, H, D): GPTNeoXAttention views (.., H, 3 D) before it splits
-    ignore=r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
-)
-OPT = dict(
-    prefix="model.decoder.",
-    names={"embed": "embed_tokens", "pos": "embed_positions", "norm": "final_layer_norm", "head": "lm_head",
-           "norm1": "layers.{}.self_attn_layer_norm", "q": "layers.{}.self_attn.q_proj",
-           "k": "layers.{}.self_attn.k_proj", "v": "layers.{}.self_attn.v_proj", "o": "layers.{}.self_attn.out_proj",
-           "norm2": "layers.{}.final_layer_norm", "up": "layers.{}.fc1", "down": "layers.{}.fc2"},
-    numbers=dict(vocab=("vocab_size", 50272), context=("max_position_embeddings", 2048), width=("hidden_size", 768),
-                 layers=("num_hidden_layers", 12), heads=("num_attention_heads", 12), inner=("ffn_dim", 3072),
-                 act=("activation_function", "relu"), eps=(None, 1e-5), tied=("tie_word_embeddings", True)),
-    layer_norm=True, bias=(("enable_bias", True, "q k v o up down"),),
-    pos_offset=2,  # OPTLearnedPositionalEmbedding: two rows before that of position 0
+    GPT2, names={"q k v": None, "q": "h.{}.attn.attention.q_proj", "k": "h.{}.attn.attention.k_proj",
+                 "v": "h.{}.attn.attention.v_proj", "o": "h.{}.attn.attention.out_proj"},
+    buffers=r"h\.\d+\.attn\.attention\.(masked_)?bias", biased="o up down", transposed=False,
+    numbers=dict(context=2048, width=2048, layers=24, heads=16, window=256),
+    slides=lambda i, raw: (raw.get("attention_layers") or [kind for kinds, times in raw.get(
+        "attention_types", [[["global", "local"], 12]]) for kind in kinds * times])[i] == "local",
+    also="attention_types attention_layers", must={},
+    unscaled=True)  # GPTNeoSelfAttention never divides by sqrt(D)
+QWEN = but(  # first generation: QWenAttention and QWenMLP in the repositories' own modeling_qwen.py
+    GPT2, names={"pos": None, "gate": "h.{}.mlp.w2", "up": "h.{}.mlp.w1"},
+    buffers=r"(h\.\d+\.attn\.)?rotary_emb\.inv_freq", biased="q k v", layer_norm=False, transposed=False,
+    numbers=dict(vocab=151936, width=4096, layers=32, heads=32, head_dim=128, inner=22016, act="silu", eps=1e-6,
+                 tied=False, context=8192, base=1e4, fraction=1.0),
+    context_key="seq_length",  # up to here logn attention and dynamic NTK are the identity; we take no more
+    also="max_position_embeddings use_logn_attn use_dynamic_ntk use_flash_attn bf16 fp16 fp32 softmax_in_fp32",
+    must=dict(no_bias=True, scale_attn_weights=True, use_cache_quantization=False, use_cache_kernel=False),
+    halved=True)  # intermediate_size counts w1 and w2 together
+GPT_NEOX = but(
+    GPT2, prefix="gpt_neox.", buffers=r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
+    names={"embed": "embed_in", "pos": None, "norm": "final_layer_norm", "head": "embed_out",
+           "norm1": "layers.{}.input_layernorm", "q k v": "layers.{}.attention.query_key_value",
+           "o": "layers.{}.attention.dense", "norm2": "layers.{}.post_attention_layernorm",
+           "up": "layers.{}.mlp.dense_h_to_4h", "down": "layers.{}.mlp.dense_4h_to_h"},
+    numbers=dict(vocab=50432, context=2048, width=6144, layers=44, heads=64, inner=24576, act="gelu", tied=False,
+                 base=1e4, fraction=0.25, parallel=True, attention_bias=True),
+    biased="up down", must={}, transposed=False,
+    per_head=True)  # GPTNeoXAttention views its fused rows as (H, 3 D) before it splits: (H, 3, D), not (3, H, D)
+OPT = but(
+    GPT2, prefix="model.decoder.", buffers=r"(?!)",
+    names={"embed": "embed_tokens", "pos": "embed_positions", "norm": "final_layer_norm",
+           "norm1": "layers.{}.self_attn_layer_norm", "q k v": None, "q": "layers.{}.self_attn.q_proj",
+           "k": "layers.{}.self_attn.k_proj", "v": "layers.{}.self_attn.v_proj",
+           "o": "layers.{}.self_attn.out_proj", "norm2": "layers.{}.final_layer_norm", "up": "layers.{}.fc1",
+           "down": "layers.{}.fc2"},
+    numbers=dict(vocab=50272, context=2048, inner=3072, act="relu", attention_bias=True, mlp_bias=True),
+    biased="", also="word_embed_proj_dim", transposed=False,
     must=dict(do_layer_norm_before=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
-    also="word_embed_proj_dim init_std prefix", ignore=r"(?!)",
-)
-FAMILIES = {"gpt2": GPT2, "gpt_neo": GPT_NEO, "gpt_neox": GPT_NEOX, "opt": OPT, "llama": LLAMA, "mistral": MISTRAL,
-            "qwen": QWEN, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA, "gemma2": GEMMA2, "gemma3_text": GEMMA3,
-            "olmo2": OLMO2, "phi3": PHI3}
-# config.json keys that change nothing in a forward pass without dropout
-IGNORED_KEYS = re.compile(
-    r"model_type|architectures|auto_map|transformers_version|_name_or_path|torch_dtype|dtype|use_cache|is_decoder"
-    r"|.*(dropout|_pdrop|layerdrop)(_prob)?|initializer_range|(bos|eos|pad|unk|sep)_token_id|summary_.*|id2label|label2id"
-    r"|_?num_labels|task_specific_params|n_special|predict_special_tokens|output_.*|pretraining_tp|is_llama_config"
-    r"|gradient_checkpointing|chunk_size_feed_forward|is_encoder_decoder|return_dict|problem_type|tokenizer_class")
+    pos_offset=2)  # OPTLearnedPositionalEmbedding: two rows stand before that of position 0
+FAMILIES = dict(gpt2=GPT2, gpt_neo=GPT_NEO, gpt_neox=GPT_NEOX, opt=OPT, llama=LLAMA, mistral=MISTRAL, qwen=QWEN,
+                qwen2=QWEN2, qwen3=QWEN3, gemma=GEMMA, gemma2=GEMMA2, gemma3_text=GEMMA3, olmo2=OLMO2, phi3=PHI3)
 
 
 @dataclass(frozen=True)
@@ -225,115 +189,123 @@ class Config:
     inner: int
     act: str
     eps: float
-    tied: bool                       # the head is the embedding
-    biased: frozenset                # the linear parts that have a bias
-    windows: tuple                   # per block: tokens a token sees, itself included; None: all before it
-    scale: float                     # of the attention scores
-    rope: tuple | None               # (base, rotated channels, scaling items); None: learned positions
-    local_rope: tuple | None         # the same for the blocks with a window
-    parallel: bool = False           # attention and MLP read the same residual stream
-    attn_cap: float | None = None    # cap * tanh(scores / cap)
+    tied: bool                     # the head is the embedding
+    biased: frozenset              # the linear parts that have a bias
+    windows: tuple                 # per block: how many tokens a token sees, itself included; None: all before it
+    rope: tuple | None             # (base, rotated channels, scaling); None: learned positions
+    local_rope: tuple | None       # the same for the blocks with a window
+    scale: float                   # of the attention scores
+    attn_cap: float | None = None  # scores become cap * tanh(scores / cap)
     logit_cap: float | None = None
+    parallel: bool = False         # attention and MLP read the same residual stream
 
 
 def configure(raw: dict) -> Config:
-    """config.json -> Config. LoadError for an unknown family, an unknown non-null key, a value we do not support."""
+    """config.json -> Config. LoadError for an unknown family, an unknown non-null key, a value not supported."""
     family = raw.get("model_type")
     if raw.get("quantization_config"):
-        raise LoadError("config.json: quantization_config: quantised checkpoints are refused, use the full-precision one")
+        raise LoadError("config.json: quantised checkpoints are refused, use the full-precision one")
     if family not in FAMILIES:
         raise LoadError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
-    row = FAMILIES[family]
-    check_keys(raw, row, family)
-    n = {field: raw.get(key, default) for field, (key, default) in row["numbers"].items()}
-    n["act"] = row.get("act_means", {}).get(n["act"], n["act"])
+    try:
+        return Config(family=family, **resolve(raw, FAMILIES[family]))
+    except (TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise LoadError(f"config.json: a value is missing or of the wrong type ({error})") from None
+
+
+def resolve(raw: dict, row: dict) -> dict:
+    """The fields of Config but the family."""
+    n, known = dict(row["numbers"]), set(row.get("also", "").split())
+    for field in n:
+        keys = [row["context_key"]] if field == "context" and "context_key" in row else SPELLINGS[field]
+        given = {key: raw[key] for key in keys if key in raw and (raw[key] is not None or field != "act")}
+        if field == "act":
+            given = {key: row.get("act_means", {}).get(value, value) for key, value in given.items()}
+        if any(value != given[key] for key in given for value in given.values()):
+            raise LoadError(f"config.json: {' and '.join(given)} disagree")
+        n[field] = next(iter(given.values()), n[field])
+        known |= set(keys)
+    check_keys(raw, row, known)
     if n["act"] not in ACTIVATIONS:
         raise LoadError(f"config.json: activation {n['act']!r} is not supported, only {', '.join(ACTIVATIONS)}")
     n["kv_heads"] = n.get("kv_heads") or n["heads"]
     n["head_dim"] = n.get("head_dim") or n["width"] // n["heads"]
     n["inner"] = (n["inner"] or 4 * n["width"]) // (2 if row.get("halved") else 1)
-    n["scale"] = 1.0 if row.get("unscaled") else n.get("scale", n["head_dim"]) ** -0.5
-    n["rope"] = rotary(raw, row, "base", n["head_dim"])
-    n["local_rope"] = rotary(raw, row, "local_base", n["head_dim"]) or n["rope"]
-    biased = " ".join(parts for key, default, parts in row["bias"] if raw.get(key, default))
-    try:
-        return Config(family=family, biased=frozenset(biased.split()), windows=windows(raw, row, n["layers"]), **n)
-    except (TypeError, IndexError, ZeroDivisionError) as error:
-        raise LoadError(f"config.json: a number is missing or of the wrong type ({error})") from None
+    n["scale"] = 1.0 if row.get("unscaled") else (n.get("scale") or n["head_dim"]) ** -0.5
+    biased = row.get("biased", "") + " q k v o" * n.pop("attention_bias", False)
+    n["biased"] = frozenset((biased + " gate up down" * n.pop("mlp_bias", False)).split())
+    n["windows"] = windows(raw, row, n["layers"], n.pop("window", None))
+    base, local, fraction = n.pop("base", None), n.pop("local_base", None), n.pop("fraction", None)
+    n["rope"] = base and rotary(raw, "full_attention", base, fraction, n["head_dim"])
+    n["local_rope"] = rotary(raw, "sliding_attention", local, fraction, n["head_dim"]) if local else n["rope"]
+    return n
 
 
-def check_keys(raw: dict, row: dict, family: str) -> None:
-    known = {key for key, _ in row["numbers"].values()} | {key for key, _, _ in row["bias"]} | set(row.get("also", "").split())
-    known |= {row[key][0] for key in ("base", "local_base", "fraction") if key in row}
-    known |= {"rope_scaling", "rope_parameters"} if "base" in row else set()
-    known |= {row["window"][0], "layer_types", "use_sliding_window"} if "window" in row else set()
+def check_keys(raw: dict, row: dict, known: set) -> None:
+    known |= {"rope_scaling", "rope_parameters"} if "base" in row["numbers"] else set()
+    known |= {"layer_types"} if "slides" in row else set()
     for key, value in raw.items():
-        if value is None or key in known or IGNORED_KEYS.fullmatch(key):
+        if value is None or key in known or INERT_KEYS.fullmatch(key):
             continue
         if key not in row["must"]:
-            raise LoadError(f"config.json: unknown key {key!r} (= {value!r:.60}) for {family}: it may change the model")
+            raise LoadError(f"config.json: unknown key {key!r} (= {value!r:.60}): it may change the model")
         if value != row["must"][key]:
             raise LoadError(f"config.json: {key} = {value!r} is not supported, only {row['must'][key]!r}")
 
 
-def windows(raw: dict, row: dict, layers: int) -> tuple:
+def windows(raw: dict, row: dict, layers: int, width: int | None) -> tuple:
     """Per block its sliding window or None."""
-    width = raw.get(*row["window"]) if raw.get("use_sliding_window", row.get("windowed", True)) and "window" in row else None
     kinds = raw.get("layer_types")
     if kinds and (len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}):
-        raise LoadError(f"config.json: layer_types must say full_attention or sliding_attention for each of {layers} layers")
-    return tuple(width if width and (kinds[i] == "sliding_attention" if kinds else row["slides"](i, raw)) else None
+        raise LoadError(f"config.json: layer_types must give full_attention or sliding_attention {layers} times")
+    if not width or not raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", "")):
+        return (None,) * layers
+    return tuple(width if (kinds[i] == "sliding_attention" if kinds else row["slides"](i, raw)) else None
                  for i in range(layers))
 
 
-def rotary(raw: dict, row: dict, which: str, head_dim: int) -> tuple | None:
-    """(base, rotated channels, scaling), from rope_parameters as transformers 5 writes it or from rope_theta and
-    rope_scaling; a scaling is for the blocks without a window."""
-    if which not in row:
-        return None
-    p = raw.get("rope_parameters") or {"full_attention": raw.get("rope_scaling") or {}}
-    kind = "full_attention" if which == "base" else "sliding_attention"
-    p = dict(p.get(kind) or {} if {"full_attention", "sliding_attention"} & set(p) else p)
-    base = p.pop("rope_theta", raw.get(*row[which]))
-    fraction = p.pop("partial_rotary_factor", raw.get(*row["fraction"]))
-    scaling = p.pop("rope_type", p.pop("type", "default"))
-    p.pop("type", None)
-    needs = {"default": [], "linear": ["factor"],
-             "llama3": ["factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"]}
+def rotary(raw: dict, kind: str, base: float, fraction: float, head_dim: int) -> tuple:
+    """(base, rotated channels, scaling), from rope_parameters as transformers 5 writes it or from rope_scaling, which
+    is for the blocks without a window."""
+    p = raw.get("rope_parameters") or {"full_attention": raw.get("rope_scaling")}
+    p = dict((p.get(kind) or {}) if p.keys() & {"full_attention", "sliding_attention"} else p)
+    base, fraction = p.pop("rope_theta", base), p.pop("partial_rotary_factor", fraction)
+    scaling, _ = p.pop("rope_type", p.get("type", "default")), p.pop("type", None)
+    needs = {"default": [], "linear": ["factor"], "llama3": ["factor", "high_freq_factor", "low_freq_factor",
+                                                             "original_max_position_embeddings"]}
     if scaling not in needs or sorted(p) != needs[scaling]:
         raise LoadError(f"config.json: RoPE scaling {scaling!r} with {sorted(p)} is not supported, only {needs}")
     return float(base), int(head_dim * fraction), tuple(sorted(p.items()))
 
 
 def tensors(c: Config):
-    """Yields (name in the file, canonical names, their shapes) for every tensor this configuration must have."""
+    """Yields (name in the file, canonical names, their shapes) for every tensor that this configuration must have."""
     row, q, k = FAMILIES[c.family], c.heads * c.head_dim, c.kv_heads * c.head_dim
     wide = row.get("wide_qk_norm")
-    shapes = {"embed": (c.vocab, c.width), "pos": (c.context + row.get("pos_offset", 0), c.width), "head": (c.vocab, c.width),
-              "q": (q, c.width), "k": (k, c.width), "v": (k, c.width), "o": (c.width, q),
-              "gate": (c.inner, c.width), "up": (c.inner, c.width), "down": (c.width, c.inner),
-              "q_norm": (q if wide else c.head_dim,), "k_norm": (k if wide else c.head_dim,)}
-    for parts, template in row["names"].items():
-        parts = parts.split()
+    shapes = dict(embed=(c.vocab, c.width), pos=(c.context + row.get("pos_offset", 0), c.width),
+                  head=(c.vocab, c.width), q=(q, c.width), k=(k, c.width), v=(k, c.width), o=(c.width, q),
+                  gate=(c.inner, c.width), up=(c.inner, c.width), down=(c.width, c.inner),
+                  q_norm=(q if wide else c.head_dim,), k_norm=(k if wide else c.head_dim,))
+    for joined, template in row["names"].items():
+        parts = joined.split()
         biased = parts[0] in c.biased or (row.get("layer_norm") and parts[0].startswith("norm"))
         for i in range(c.layers) if "{}" in template else [None]:
-            for kind in ("weight", "bias") if biased else ("weight",):
-                part_shapes = [shapes.get(part, (c.width,)) for part in parts]
-                if not (parts == ["head"] and c.tied):
-                    yield (f"{template.format(i)}.{kind}",
-                           [f"{part}.{kind}" if i is None else f"layers.{i}.{part}.{kind}" for part in parts],
-                           part_shapes if kind == "weight" else [shape[:1] for shape in part_shapes])
+            for kind in ["weight", "bias"] if biased else ["weight"] if joined != "head" or not c.tied else []:
+                sizes = [shapes.get(part, (c.width,)) for part in parts]
+                yield (f"{template.format(i)}.{kind}",
+                       [f"{part}.{kind}" if i is None else f"layers.{i}.{part}.{kind}" for part in parts],
+                       sizes if kind == "weight" else [size[:1] for size in sizes])
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------------
 
-WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-          "vocab.json", "merges.txt", "qwen.tiktoken"]
+WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+          "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken"]
 
 
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
     """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer); matrices in
-    `dtype`, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
+    dtype, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
     folder = find(str(source))
     try:
         raw = read_json(folder / "config.json")
@@ -341,30 +313,30 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
         params, ignored = read_params(config, tensor_files(folder), device, dtype)
         tokenizer = Tokenizer(folder, config.family)
         if tokenizer.size > config.vocab:
-            raise LoadError(f"the tokenizer has {tokenizer.size} ids, the embedding {config.vocab} rows: they do not belong "
-                            "together")
+            raise LoadError(f"the tokenizer has {tokenizer.size} ids, the embedding {config.vocab} rows: they do not "
+                            "belong together")
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     model = Transformer(config, params)
-    model.raw, model.revision = raw, folder.name if not Path(source).is_dir() else None
+    model.raw, model.revision = raw, None if Path(source).is_dir() else folder.name
     print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} head, "
           f"{sum(p.numel() for p in params.values()) / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
     return model, tokenizer
 
 
 def find(source: str) -> Path:
-    """The directory itself, or the hub's snapshot of a repository in the local cache, downloaded if need be."""
+    """The directory itself, or a hub repository's snapshot in the local cache, downloaded if need be."""
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", source) or source[0] == ".":
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", source):
         raise LoadError(f"{source}: no such directory")
     from huggingface_hub import snapshot_download
     name, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=WANTED))
-    except Exception as error:  # its errors come from three libraries and share no base class
+    except Exception as error:  # they come from three libraries and share no base class
         line = next(iter(str(error).strip().splitlines()), "")
-        raise LoadError(f"{source}: no such directory, and not to be had from the hub: {type(error).__name__}: {line}") from None
+        raise LoadError(f"{source}: no such directory, and the hub gives {type(error).__name__}: {line}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -402,13 +374,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         with open_tensors(path) as file:
             found |= dict.fromkeys(file.keys(), path)
     if mapped is not None and {name: path.name for name, path in found.items()} != mapped:
-        odd = sorted(set(mapped) ^ set(found)) or ["the same names in other files"]
+        odd = sorted(set(mapped) ^ set(found)) or ["a name in two files"]
         raise LoadError(f"{index.name} and its files disagree, first on {odd[0]}")
     return found
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor. The file is opened for each, so that the pages of its memory map can go again."""
+    """One tensor. The file is opened for each, so that the pages of its memory map are given back at once."""
     with open_tensors(path) as file:
         x = file.get_tensor(name)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -420,64 +392,70 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[str, torch.Tensor], int]:
     """All parameters under canonical names, and how many tensors were ignored. Every tensor of the files is consumed
-    once or matches the family's ignore pattern, every expected one is there with its shape."""
+    once or is a known buffer; every expected one is there with its shape."""
     row, params = FAMILIES[c.family], {}
     left = {name.removeprefix(row["prefix"]): (path, name) for name, path in files.items()}
     if len(left) != len(files):
         raise LoadError(f"some tensors are there both with and without the prefix {row['prefix']!r}")
-    ignored = [left.pop(name) for name in list(left) if re.fullmatch(row["ignore"], name)]
+    ignored = [left.pop(name) for name in list(left) if re.fullmatch(row["buffers"], name)]
     for source, names, shapes in tensors(c):
         if source not in left:
             raise LoadError(f"tensor {source} is missing")
         x = read_tensor(*left.pop(source))
-        if row.get("transposed") and source.startswith("h.") and x.ndim == 2:
-            x = x.t()
+        x = x.t() if turned(row, source, x) else x
         whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         if x.shape != whole:
             raise LoadError(f"tensor {source} has shape {tuple(x.shape)}, config.json implies {whole}")
         if row.get("per_head") and len(names) == 3:
-            x = x.view(c.heads, 3, c.head_dim, *x.shape[1:]).transpose(0, 1).reshape(whole)
+            x = x.view(c.heads, 3, c.head_dim, *whole[1:]).transpose(0, 1).reshape(whole)
         for name, piece in zip(names, x.split([shape[0] for shape in shapes])):
-            is_norm = "norm" in name or "post" in name  # kept and computed in float32
-            piece = piece.to(device, torch.float32 if is_norm else dtype, copy=True).contiguous()
-            params[name] = piece + 1 if is_norm and row.get("plus_one") else piece
+            kind = torch.float32 if is_norm(name) else dtype
+            params[name] = piece.to(device, kind, copy=True).contiguous()
+            if is_norm(name) and row.get("plus_one"):
+                params[name] += 1
     head = row["names"]["head"] + ".weight"
-    if c.tied and head in left and not torch.equal(read_tensor(*left.pop(head)).to(device, dtype), params["embed.weight"]):
-        raise LoadError(f"config.json ties the head to the embedding, but {head} differs from it; set tie_word_embeddings")
+    if c.tied and head in left and not torch.equal(read_tensor(*left.pop(head)).to(device, dtype),
+                                                   params["embed.weight"]):
+        raise LoadError(f"tie_word_embeddings ties the head to the embedding, but {head} differs from it")
     if left:
         raise LoadError(f"{len(left)} unexpected tensors, the first is {next(iter(left))}")
     return params, len(ignored)
 
 
+def is_norm(name: str) -> bool:
+    """Norms are kept and computed in float32, whatever the dtype."""
+    return "norm" in name or "post" in name
+
+
+def turned(row: dict, source: str, x: torch.Tensor) -> bool:
+    return row.get("transposed", False) and source.startswith("h.") and x.ndim == 2
+
+
 def export(c: Config, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Canonical parameters -> the family's own names and layout: read_params backwards, without the head."""
+    """read_params backwards: the family's own names and layout, without the language model's head."""
     row, out = FAMILIES[c.family], {}
     for source, names, _ in tensors(c):
-        if names == ["head.weight"]:
-            continue
         x = torch.cat([params[name] for name in names])
         if row.get("per_head") and len(names) == 3:
             x = x.view(3, c.heads, c.head_dim, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
-        if row.get("plus_one") and ("norm" in names[0] or "post" in names[0]):
-            x = x - 1
-        turned = row.get("transposed") and source.startswith("h.") and x.ndim == 2
-        out[row["prefix"] + source] = (x.t() if turned else x).contiguous().cpu()
+        x = x - 1 if row.get("plus_one") and is_norm(names[0]) else x
+        if names != ["head.weight"]:
+            out[row["prefix"] + source] = (x.t() if turned(row, source, x) else x).contiguous().cpu()
     return out
 
 
-# ---- the network ----------------------------------------------------------------------------------------------------
+# ---- the network -----------------------------------------------------------------------------------------------
 
 class Batch:
-    """How the packed tokens of some sequences attend to each other.
-
-    tree: (P,) int64 or None, the branch each token is on, 0 = trunk. A token sees the tokens before it in its sequence that
-    are on the trunk or on its own branch, and its position counts those. Neighbours of equal length form a run."""
+    """How packed sequences attend. tree: (P,) int64 or None, the branch each token is on, 0 = trunk: a token sees
+    those before it in its sequence that are on the trunk or on its own branch, and its position counts them.
+    kinds: the (window, explicit mask?) pairs needed. Neighbours of equal length form a run."""
 
     def __init__(self, lengths: list[int], tree, kinds: set, device):
         self.runs = [(len(list(same)), T) for T, same in itertools.groupby(lengths)]
         self.sizes = [B * T for B, T in self.runs]
         positions, self.masks = [], {kind: [] for kind in kinds}
-        for (B, T), branch in zip(self.runs, tree.split(self.sizes) if tree is not None else itertools.repeat(None)):
+        for (B, T), branch in zip(self.runs, itertools.repeat(None) if tree is None else tree.split(self.sizes)):
             at = torch.arange(T, device=device)  # (T,)
             sees = at[:, None] >= at  # (T, T)
             if branch is not None:
@@ -485,19 +463,19 @@ class Batch:
                 sees = sees & ((branch.mT == branch) | (branch == 0))  # (B, T, T)
                 at = sees.sum(-1) - 1  # (B, T)
             positions.append(at.expand(B, T).reshape(-1))
-            for window, explicit in kinds:
+            for window, explicit in kinds:  # a window counts the token itself
                 plain = branch is None and not explicit and (window is None or window >= T)
                 near = sees if window is None else sees & (at[..., :, None] - at[..., None, :] < window)
                 self.masks[window, explicit].append(None if plain else near.view(-1, 1, T, T))
         self.position = torch.cat(positions)  # (P,)
 
     def attend(self, q, k, v, kind, scale, cap):
-        """q (P, H, D), k and v (P, K, D) -> (P, H * D). No mask means causal; a mask holds True where a token may look."""
+        """q (P, H, D), k and v (P, K, D) -> (P, H * D). No mask: causal; a mask is True where a token may look."""
         out = []
         for (B, T), mask, *qkv in zip(self.runs, self.masks[kind], *(x.split(self.sizes) for x in (q, k, v))):
             q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (B, H, T, D)
             if cap is None:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
             else:
                 scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B, H, T, T)
                 y = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
@@ -528,8 +506,8 @@ def rotate(x, cos, sin):
 
 
 class Transformer:
-    """A checkpoint: config, params (canonical name -> tensor), device, dtype; from load also raw (config.json) and revision
-    (the hub's commit, None for a directory). Nothing here changes params."""
+    """A checkpoint: config, params (canonical name -> tensor), device, dtype; from load also raw (config.json) and
+    revision (the hub's commit; None for a directory). Nothing here changes params."""
     raw, revision, recompute = None, None, False  # recompute: activation checkpointing, block by block
 
     def __init__(self, config: Config, params: dict[str, torch.Tensor]):
@@ -537,7 +515,7 @@ class Transformer:
         self.device, self.dtype = params["embed.weight"].device, params["embed.weight"].dtype
 
     def norm(self, x, name):
-        """LayerNorm where there is a bias, else RMSNorm, else (no such part) x. Over the last axis, float32 inside."""
+        """LayerNorm where there is a bias, else RMSNorm, else (no such part) x; float32 inside."""
         weight, bias = self.params.get(name + ".weight"), self.params.get(name + ".bias")
         if weight is None:
             return x
@@ -552,55 +530,64 @@ class Transformer:
         return y
 
     def heads(self, x, name):
-        """(P, H * D) -> (P, H, D), normed over what the gain of q_norm or k_norm spans: one head or all together."""
+        """(P, H * D) -> (P, H, D), normed over what the gain of q_norm or k_norm spans: one head, or all together."""
         gain = self.params.get(name + ".weight")
         x = x if gain is None else self.norm(x.view(len(x), -1, len(gain)), name)
         return x.reshape(len(x), -1, self.config.head_dim)
 
     def attention(self, x, layer, batch, kind, table):
+        """(P, C) -> (P, H * D)"""
         c = self.config
         q = self.heads(self.linear(x, layer + "q"), layer + "q_norm")  # (P, H, D)
         k = self.heads(self.linear(x, layer + "k"), layer + "k_norm")  # (P, K, D)
-        v = self.heads(self.linear(x, layer + "v"), layer + "v_norm")
+        v = self.linear(x, layer + "v").view(k.shape)  # (P, K, D)
         if table:
             q, k = rotate(q, *table), rotate(k, *table)
         if c.kv_heads < c.heads:  # a key/value head serves H / K neighbouring query heads
             k, v = (y.repeat_interleave(c.heads // c.kv_heads, 1) for y in (k, v))
-        return self.linear(batch.attend(q, k, v, kind, c.scale, c.attn_cap), layer + "o")
+        return batch.attend(q, k, v, kind, c.scale, c.attn_cap)
 
     def mlp(self, x, layer):
         act, up = ACTIVATIONS[self.config.act], self.linear(x, layer + "up")  # (P, I)
         gated = layer + "gate.weight" in self.params
         return self.linear(act(self.linear(x, layer + "gate")) * up if gated else act(up), layer + "down")
 
-    def block(self, x, layer, batch, kind, table):
+    def block(self, x, layer, batch, kind, table, keep):
         a = self.attention(self.norm(x, layer + "norm1"), layer, batch, kind, table)
+        if keep is not None:  # nothing looks at the other tokens any more
+            x, a = x[keep], a[keep]
+        a = self.norm(self.linear(a, layer + "o"), layer + "post1")
         if self.config.parallel:
             return x + a + self.mlp(self.norm(x, layer + "norm2"), layer)
-        x = x + self.norm(a, layer + "post1")
+        x = x + a
         return x + self.norm(self.mlp(self.norm(x, layer + "norm2"), layer), layer + "post2")
 
-    def packed(self, tokens, lengths: list[int], layers: Sequence[int | None] = (None,), tree=None) -> list[torch.Tensor]:
-        """tokens (P,) int64, sequences end to end -> one (P, C) per entry of layers: None = after the final norm, i = the
-        residual stream after block i (0 = embeddings). tree: see Batch. ValueError for a sequence beyond the context."""
-        c, p = self.config, self.params
-        assert tokens.shape == (sum(lengths),) and min(lengths) > 0, "tokens must be the sequences end to end, none empty"
+    def packed(self, tokens, lengths: list[int], layers: Sequence[int | None] = (None,), tree=None,
+               keep=None) -> list[torch.Tensor]:
+        """tokens (P,) int64, sequences end to end -> one (P, C) per entry of layers: None = after the final norm,
+        i = the residual stream after block i (0 = embeddings). keep: indices of the tokens whose states are wanted,
+        instead of all P. tree: see Batch. ValueError for a sequence longer than the context."""
+        c, row = self.config, FAMILIES[self.config.family]
+        assert tokens.shape == (sum(lengths),) and min(lengths) > 0, "sequences end to end, none empty"
         kinds = [(window, c.attn_cap is not None) for window in c.windows]
         batch = Batch(lengths, tree, set(kinds), tokens.device)
         if max(lengths) > c.context and int(batch.position.max()) >= c.context:
-            raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the context of {c.context}")
-        x = F.embedding(tokens, p["embed.weight"])  # (P, C)
-        if FAMILIES[c.family].get("embed_scale"):
+            raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the context of "
+                             f"{c.context}")
+        x = F.embedding(tokens, self.params["embed.weight"])  # (P, C)
+        if row.get("embed_scale"):
             x = x * torch.tensor(c.width ** 0.5, dtype=x.dtype)
-        if "pos.weight" in p:
-            x = x + F.embedding(batch.position + FAMILIES[c.family].get("pos_offset", 0), p["pos.weight"])
+        if "pos.weight" in self.params:
+            x = x + F.embedding(batch.position + row.get("pos_offset", 0), self.params["pos.weight"])
         tables = {rope: rope_table(rope, batch.position) for rope in {c.rope, c.local_rope} if rope}
-        states = [x]
-        for i in range(c.layers if None in layers else max(layers)):
+        last = c.layers if None in layers else max(layers)
+        states = {0: x if keep is None else x[keep]}
+        for i in range(last):
             table = tables.get(c.rope if c.windows[i] is None else c.local_rope)
-            inputs = x, f"layers.{i}.", batch, kinds[i], table
+            inputs = x, f"layers.{i}.", batch, kinds[i], table, keep if i + 1 == last else None
             x = recompute(self.block, *inputs, use_reentrant=False) if self.recompute else self.block(*inputs)
-            states.append(x if i + 1 in layers else None)
+            if i + 1 in layers:
+                states[i + 1] = x if keep is None or i + 1 == last else x[keep]
         return [self.norm(x, "norm") if layer is None else states[layer] for layer in layers]
 
     def hidden(self, tokens, lengths, layer: int | None = None):
@@ -613,13 +600,14 @@ class Transformer:
     def logits(self, hidden):
         """(..., C) after the final norm -> (..., V)"""
         y = F.linear(hidden, self.params.get("head.weight", self.params["embed.weight"]))
-        return y if self.config.logit_cap is None else self.config.logit_cap * torch.tanh(y / self.config.logit_cap)
+        cap = self.config.logit_cap
+        return y if cap is None else cap * torch.tanh(y / cap)
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
+# ---- tokens ----------------------------------------------------------------------------------------------------
 
-# the pre-tokeniser of all Qwen generations: words with one leading sign, single digits, signs, white space
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{i}|>" for i in range(205)]
 
 
@@ -644,13 +632,14 @@ class Tokenizer:
         except LoadError:
             raise
         except Exception as error:  # the tokenizers package raises plain Exception
-            raise LoadError(f"the tokenizer's files are damaged ({str(error).splitlines()[0]}); download them again") from None
+            line = next(iter(str(error).splitlines()), "")
+            raise LoadError(f"the tokenizer's files are damaged ({line}); download them again") from None
         self.backend.no_padding()
         self.backend.no_truncation()  # GPT-2's own file says 50 tokens
         self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """special=False: without the tokens the checkpoint puts around a text (BOS), for a text that continues one."""
+        """special=False: without the tokens put around a text (BOS), for a text that continues another."""
         return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -658,53 +647,56 @@ class Tokenizer:
 
 
 def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], qwen: bool):
-    """A byte-level BPE over GPT-2's alphabet of visible bytes."""
+    """A byte-level BPE over GPT-2's alphabet of visible bytes, with GPT-2's or Qwen's cut into words."""
     from tokenizers import Regex, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers
     backend = Backend(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not qwen)
+    backend.decoder = decoders.ByteLevel()
     if qwen:
         backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        words = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, backend.pre_tokenizer])
     return backend
 
 
 def add_special(backend, folder: Path) -> None:
-    """Special tokens and BOS of tokenizer_config.json, which vocab.json and merges.txt do not tell."""
+    """Special tokens and BOS of tokenizer_config.json: vocab.json and merges.txt do not tell them."""
     from tokenizers import AddedToken, processors
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
-    added = sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
-    named = [settings.get(f"{kind}_token", "<|endoftext|>" if kind == "eos" else None) for kind in ("bos", "eos", "unk", "pad")]
-    named = [token["content"] if isinstance(token, dict) else token for token in named]
-    for place, token in added:
+    for place, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
         backend.add_tokens([AddedToken(**{k: v for k, v in token.items() if k != "__type"})])
         if backend.token_to_id(token["content"]) != int(place):
-            raise LoadError(f"tokenizer_config.json gives {token['content']!r} the id {place}, vocab.json another")
-    backend.add_special_tokens([token for token in named if token])
-    if settings.get("add_bos_token") and named[0]:
-        bos = (named[0], backend.token_to_id(named[0]))
-        backend.post_processor = processors.TemplateProcessing(single=f"{named[0]} $A", special_tokens=[bos])
+            raise LoadError(f"{path.name} gives {token['content']!r} the id {place}, vocab.json another")
+    bos, *others = [token["content"] if isinstance(token, dict) else token for token in (
+        settings.get("bos_token"), settings.get("eos_token", "<|endoftext|>"), settings.get("unk_token"))]
+    backend.add_special_tokens([token for token in (bos, *others) if token])
+    if settings.get("add_bos_token") and bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+
+
+def byte_letters() -> dict[int, str]:
+    """GPT-2's alphabet: a visible character for every byte."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
 
 
 def from_ranks(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """qwen.tiktoken (base64 token, rank per line) -> vocabulary and merges. Two neighbours merge when together they are a
-    token, lowest rank first; so every split of a token into two tokens is a merge of that token's rank."""
+    """qwen.tiktoken (base64 token, rank) -> vocabulary and merges. There two neighbours merge when together they are
+    a token, lowest rank first; so every split of a token into two tokens is a merge of that token's rank."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    letter = {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    ranks, letter = {base64.b64decode(token): int(rank) for token, rank in lines}, byte_letters()
     text = {token: "".join(letter[b] for b in token) for token in ranks}
-    merges = [(text[token[:i]], text[token[i:]]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
-              if token[:i] in ranks and token[i:] in ranks]
+    merges = [(text[token[:i]], text[token[i:]]) for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     return {text[token]: rank for token, rank in ranks.items()}, merges
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------
 
-BATCH_TOKENS = 2048  # fills the matrix units of a few CPU cores and stays in their cache; give more on a GPU
+BATCH_TOKENS = 2048  # enough for a few CPU cores, few enough for their cache; a GPU wants more
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -720,7 +712,7 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None]) -> None:
@@ -744,14 +736,15 @@ def pack(sequences: Sequence[list[int]], device) -> tuple[torch.Tensor, list[int
 @torch.no_grad()
 def hidden_at(model: Transformer, sequences: list[list[int]], position="last", layer: int | None = None,
               batch_tokens: int = BATCH_TOKENS) -> torch.Tensor:
-    """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C), in input order."""
+    """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C), input order."""
     at = [len(s) - 1 for s in sequences] if position == "last" else list(position)
     out = torch.empty(len(sequences), model.config.width, dtype=model.dtype, device=model.device)
 
     def work(rows):
         tokens, lengths = pack([sequences[i] for i in rows], model.device)
         starts = itertools.accumulate([0] + lengths[:-1])
-        out[rows] = model.packed(tokens, lengths, (layer,))[0][[start + at[i] for start, i in zip(starts, rows)]]
+        keep = torch.tensor([start + at[i] for start, i in zip(starts, rows)], device=model.device)
+        out[rows] = model.packed(tokens, lengths, (layer,), keep=keep)[0]
 
     in_batches([len(s) for s in sequences], batch_tokens, work)
     return out
@@ -759,7 +752,7 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
 
 class Reading(NamedTuple):
     """What one pass over Q questions gives, in input order."""
-    loglik: torch.Tensor         # (Q, O) float64, sum over an option's tokens of log p(token | before); -inf: no such option
+    loglik: torch.Tensor         # (Q, O) float64, sum of log p(token | before) over an option; -inf: no such option
     option_tokens: torch.Tensor  # (Q, O) int64
     prompt: torch.Tensor         # (Q, n, C) state at the prompt's last token
     item: torch.Tensor           # (Q, n, C) state at the last token of option pick[q]; pick -1: the prompt's last
@@ -768,44 +761,42 @@ class Reading(NamedTuple):
 @torch.no_grad()
 def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]], pick: list[int], *,
          layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS) -> Reading:
-    """One forward pass over every question with its options as branches of its prompt (see Batch): prompt + sum(options)
-    tokens instead of a whole sequence per option. Prompts and options are not empty. [D1]"""
-    Q, O, shape = len(prompts), max(map(len, options), default=0), (len(prompts), len(layers), model.config.width)
+    """One forward pass over every question with its options as branches of its prompt (see Batch): prompt +
+    sum(options) tokens instead of a whole sequence per option. No prompt and no option is empty. [D1]"""
+    Q, O, n, C = len(prompts), max(map(len, options), default=0), len(layers), model.config.width
     out = Reading(torch.full((Q, O), -torch.inf, dtype=torch.float64), torch.zeros(Q, O, dtype=torch.int64),
-                  torch.empty(shape, dtype=model.dtype), torch.empty(shape, dtype=model.dtype))
+                  torch.empty(Q, n, C, dtype=model.dtype), torch.empty(Q, n, C, dtype=model.dtype))
     sequences = [list(itertools.chain(p, *o)) for p, o in zip(prompts, options)]
 
     def work(rows):
         tokens, lengths = pack([sequences[q] for q in rows], model.device)
-        tree, spans, before, target, at = [], [], [], [], 0
+        tree, ends, before, target, at = [], [], [], [], 0
         for q in rows:
             at += len(prompts[q])
-            end = at - 1
             tree += [0] * len(prompts[q])
-            ends = [end]  # of the prompt and of each option
+            ends.append([at - 1])  # of the prompt, then of each option
             for o, option in enumerate(options[q]):
                 tree += [o + 1] * len(option)
-                before += [end, *range(at, at + len(option) - 1)]
+                before += [ends[-1][0], *range(at, at + len(option) - 1)]
                 target += range(at, at + len(option))
                 at += len(option)
-                ends.append(at - 1)
-            spans.append((q, ends))
+                ends[-1].append(at - 1)
         final, *states = model.packed(tokens, lengths, (None, *layers), torch.tensor(tree, device=model.device))
-        scores = iter(log_likelihood(model, final, before, tokens[target]).double().cpu().split(
-            [len(option) for q in rows for option in options[q]]))
-        for q, ends in spans:
+        scores = log_likelihood(model, final, before, tokens[target]).double().cpu()
+        scores = iter(scores.split([len(option) for q in rows for option in options[q]]))
+        for q, end in zip(rows, ends):
             for o, option in enumerate(options[q]):
                 out.loglik[q, o], out.option_tokens[q, o] = next(scores).sum(), len(option)
             for j, x in enumerate(states):
-                out.prompt[q, j], out.item[q, j] = x[ends[0]], x[ends[pick[q] + 1]]
+                out.prompt[q, j], out.item[q, j] = x[end[0]], x[end[pick[q] + 1]]
 
     in_batches([len(s) for s in sequences], batch_tokens, work)
     return out
 
 
 def log_likelihood(model: Transformer, x, before: list[int], target, cells: int = 2 ** 25) -> torch.Tensor:
-    """log p(target[n] | all up to token before[n]) in float32, (n,), from final states x (P, C), at most `cells` logits at a
-    time. Each state gets its logits once: the end of a prompt serves all options."""
+    """log p(target[n] | everything up to token before[n]) in float32, (n,), from final states x (P, C). At most
+    `cells` logits exist at a time, and each state gets its own once: the end of a prompt serves all options."""
     where, back = torch.unique(torch.tensor(before, device=x.device), return_inverse=True)
     out, step = torch.empty(len(before), device=x.device), max(1, cells // model.config.vocab)
     for a in range(0, len(where), step):
@@ -816,20 +807,18 @@ def log_likelihood(model: Transformer, x, before: list[int], target, cells: int 
     return out
 
 
-# ---- finetuning -----------------------------------------------------------------------------------------------------
+# ---- finetuning ------------------------------------------------------------------------------------------------
 
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-TRAIN_TOKENS = 8192   # of a micro-batch; activations of one block and token take about 40 C numbers
-SAVE_SECONDS = 60.0   # between two saves of a resumable run
+TRAIN_TOKENS = 8192  # of a micro-batch
+SAVE_SECONDS = 60.0  # between two saves of a resumable run
 
 
 class Classifier:
-    """A model, the tensors that finetuning put in place of its own (or beside them: LoRA), and the head classifier.weight
+    """A model, the tensors finetuning put in place of its own or beside them (LoRA), and the head classifier.weight
     (2, C) on the final state of the last token [D8]. Classifier(model, c.state()) is c again, bit for bit."""
 
     def __init__(self, model: Transformer, state: dict[str, torch.Tensor]):
         self._state = {name: x.to(model.device) for name, x in state.items()}
-        self.head = self._state["classifier.weight"]
         self.model = Transformer(model.config, model.params | self._state)
         self.model.raw = model.raw
 
@@ -840,34 +829,34 @@ class Classifier:
     def predict(self, sequences: list[list[int]], batch_tokens: int = BATCH_TOKENS) -> torch.Tensor:
         """P(y = 1), (N,) float32, in input order."""
         x = hidden_at(self.model, sequences, batch_tokens=batch_tokens)
-        return F.linear(x.float(), self.head).softmax(-1)[:, 1].cpu()
+        return F.linear(x.float(), self._state["classifier.weight"]).softmax(-1)[:, 1].cpu()
 
     def save(self, folder: str) -> None:
-        """Hugging Face layout: loads as AutoModelForSequenceClassification where the family has one; LoRA is merged."""
+        """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has one."""
         params = dict(self.model.params)
-        for name in [name.removesuffix(".lora_a") for name in params if name.endswith(".lora_a")]:
-            merged = params[name + ".weight"].float() + params[name + ".lora_b"].float() @ params[name + ".lora_a"].float()
-            params[name + ".weight"] = merged.to(self.model.dtype)
+        for stem in [name.removesuffix(".lora_a") for name in params if name.endswith(".lora_a")]:
+            delta = params[stem + ".lora_b"].float() @ params[stem + ".lora_a"].float()
+            params[stem + ".weight"] = (params[stem + ".weight"].float() + delta).to(self.model.dtype)
+        files = export(self.model.config, params) | {"score.weight": params["classifier.weight"].cpu()}
+        raw = {key: value for key, value in self.model.raw.items() if key not in ("architectures", "auto_map")}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        files = export(self.model.config, params) | {"score.weight": self.head.cpu()}
         save_file(files, Path(folder) / "model.safetensors", {"format": "pt"})
-        raw = {k: v for k, v in self.model.raw.items() if k not in ("architectures", "auto_map")}
         (Path(folder) / "config.json").write_text(json.dumps(raw | {"id2label": {"0": "no", "1": "yes"}}, indent=1))
 
 
 def trainable(model: Transformer, tune: str, rank: int, head_init: str, generator) -> dict[str, torch.Tensor]:
     """The tensors that Adam owns: float32 copies, whatever the model's dtype."""
-    head = torch.zeros(2, model.config.width)
-    if head_init == "normal":
-        head = torch.randn(head.shape, generator=generator) / model.config.width ** 0.5
-    out = {"classifier.weight": head}
-    if tune == "full":  # the language model's own head takes no part
-        out |= {name: x.detach().to(torch.float32, copy=True) for name, x in model.params.items() if name != "head.weight"}
-    for name, x in model.params.items() if tune == "lora" else ():
+    if tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
+        raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and zero or normal")
+    noise = torch.randn(2, model.config.width, generator=generator) / model.config.width ** 0.5
+    out = {"classifier.weight": noise if head_init == "normal" else torch.zeros_like(noise)}
+    for name, x in model.params.items():
         stem, _, kind = name.rpartition(".")
-        if kind == "weight" and stem.split(".")[-1] in LINEAR:  # Hu et al. 2021, arXiv 2106.09685: A random, B zero
+        if tune == "full" and name != "head.weight":  # the language model's own head takes no part
+            out[name] = x.detach().to(torch.float32, copy=True)
+        if tune == "lora" and kind == "weight" and re.search(r"\.(q|k|v|o|gate|up|down)$", stem):
             out[stem + ".lora_a"] = torch.randn(rank, x.shape[1], generator=generator) / x.shape[1] ** 0.5
-            out[stem + ".lora_b"] = torch.zeros(x.shape[0], rank)
+            out[stem + ".lora_b"] = torch.zeros(x.shape[0], rank)  # Hu et al. 2021 (arXiv 2106.09685): B = 0
     return {name: x.to(model.device).requires_grad_() for name, x in out.items()}
 
 
@@ -875,79 +864,51 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
              seed: int, tune: str = "full", target_fn: Callable | None = None, batch_tokens: int = TRAIN_TOKENS,
              rank: int = 8, lora_alpha: float = 16.0, checkpoint: bool = False, progress: Callable | None = None,
              head_init: str = "zero", save=None) -> Classifier:
-    """Soft-label cross-entropy against targets (N,) = P(y = 1), with Adam, no weight decay, cosine to 0 over all steps, no
-    warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A).
+    """Soft-label cross-entropy against targets (N,) = P(y = 1): Adam, no weight decay, cosine to 0 over all steps, no
+    warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). The model is not modified.
 
-    The model is not modified. target_fn(p, w, fraction) -> targets of one step, from the student's own p (B,) on the whole
-    batch, the given w (B,), and the fraction of steps done. A batch runs in micro-batches of at most batch_tokens tokens,
-    halved when memory runs out; gradients are the whole batch's. tune: full, lora (on every linear map) or head.
-    progress(step, steps, loss) is called after each step. save: a file where the run stands, rewritten now and then; a call
-    with the same arguments goes on from it to the same bits, and the caller removes it. TrainError for a loss that is not
-    finite and for a sequence that does not fit into memory."""
-    if tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
-        raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and zero or normal")
+    target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the given
+    w (B,), and the fraction of steps done. Micro-batches hold at most batch_tokens tokens and halve when memory runs
+    out; gradients are always the whole batch's. tune: full, lora (all linear maps) or head. checkpoint: recompute
+    activations. progress(step, steps, loss) follows each step. save: a file with the state of the run, rewritten now
+    and then; the same call goes on from it to the same bits, and whoever gave it removes it. TrainError for a loss
+    that is not finite or a sequence that does not fit into memory."""
     generator = torch.Generator().manual_seed(seed)
-    trained = trainable(model, tune, rank, head_init, generator)
     orders = [torch.randperm(len(sequences), generator=generator).split(batch) for _ in range(epochs)]
     steps = [rows.tolist() for order in orders for rows in order]
+    trained = trainable(model, tune, rank, head_init, generator)
     adam = torch.optim.Adam(trained.values(), lr=lr, betas=(0.9, 0.999), fused=True)
     features = hidden_at(model, sequences, batch_tokens=batch_tokens) if tune == "head" else None
-    w_all = torch.as_tensor(targets, dtype=torch.float32, device=model.device)
-
-    def current():  # what the network sees: the model's dtype, LoRA's B times alpha / rank
-        scaled = {k: x * (lora_alpha / rank) if k.endswith("lora_b") else x for k, x in trained.items()}
-        return {k: x.to(model.params[k].dtype if k in model.params else torch.float32 if k == "classifier.weight"
-                        else model.dtype) for k, x in scaled.items()}
+    given = torch.as_tensor(targets, dtype=torch.float32, device=model.device)
 
     def logits(rows):  # (len(rows), 2) float32
-        state = current()
+        state = seen(model, trained, lora_alpha / rank)
         if features is not None:
             return F.linear(features[rows].float(), state["classifier.weight"])
         student = Transformer(model.config, model.params | state)
         student.recompute = checkpoint
         tokens, lengths = pack([sequences[i] for i in rows], model.device)
         last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-        return F.linear(student.packed(tokens, lengths)[0][last].float(), state["classifier.weight"])
+        return F.linear(student.packed(tokens, lengths, keep=last)[0].float(), state["classifier.weight"])
 
-    def gradients(rows, fraction, budget) -> float:
-        micro = batches([len(sequences[i]) for i in rows], budget)  # indices into rows
-        w = w_all[rows]
-        if target_fn and len(micro) > 1:
-            with torch.no_grad():
-                z = torch.cat([logits([rows[j] for j in part]) for part in micro])
-            p = torch.empty_like(w)
-            p[list(itertools.chain(*micro))] = z.softmax(-1)[:, 1]
-            w = target_fn(p, w, fraction)
-        total = 0.0
-        for part in micro:
-            z = logits([rows[j] for j in part])
-            target = w[part]
-            if target_fn and len(micro) == 1:
-                target = target_fn(z.detach().softmax(-1)[:, 1], target, fraction)
-            loss = -(torch.stack([1 - target, target], -1) * z.log_softmax(-1)).sum() / len(rows)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    start, saved_at = resume(save, trained, adam), time.monotonic()
-    for step in range(start, len(steps)):
+    saved_at = time.monotonic()
+    for step in range(resume(save, trained, adam), len(steps)):
         adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
-        rows = steps[step]
-        while True:
+        rows, loss = steps[step], None
+        lengths = [len(sequences[i]) for i in rows]
+        while loss is None:
             try:
-                loss = gradients(rows, step / len(steps), batch_tokens)
-                break
+                loss = gradients(logits, rows, lengths, given[rows], target_fn, step / len(steps), batch_tokens)
             except RuntimeError as error:
-                longest = max(len(sequences[i]) for i in rows)
                 if not out_of_memory(error):
                     raise
-                if batch_tokens < longest:
-                    raise TrainError(f"out of memory at step {step + 1} with one sequence of {longest} tokens at a time; tune "
-                                     "less (lora, head), recompute activations, or use a larger machine") from None
-                batch_tokens = min(batch_tokens, sum(len(sequences[i]) for i in rows)) // 2
-            adam.zero_grad()  # the step is repeated from nothing
+                if batch_tokens < max(lengths):
+                    raise TrainError(f"out of memory at step {step + 1} with one sequence of {max(lengths)} tokens: "
+                                     "tune less (lora, head) or recompute activations") from None
+                batch_tokens = min(batch_tokens, sum(lengths)) // 2
+                adam.zero_grad()  # the step starts again from nothing
         if not math.isfinite(loss):
-            raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): lower the learning rate")
+            raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): lower it")
         adam.step()
         adam.zero_grad()
         if progress:
@@ -955,11 +916,38 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
         if save and time.monotonic() - saved_at > SAVE_SECONDS:
             suspend(save, trained, adam, step + 1)
             saved_at = time.monotonic()
-    return Classifier(model, {name: x.detach().clone() for name, x in current().items()})
+    return Classifier(model, {k: x.detach().clone() for k, x in seen(model, trained, lora_alpha / rank).items()})
+
+
+def seen(model: Transformer, trained: dict, scale: float) -> dict[str, torch.Tensor]:
+    """The trained tensors as the network sees them: in its own dtypes, LoRA's B times alpha / rank."""
+    dtypes = {name: x.dtype for name, x in model.params.items()} | {"classifier.weight": torch.float32}
+    return {name: (x * scale if name.endswith("lora_b") else x).to(dtypes.get(name, model.dtype))
+            for name, x in trained.items()}
+
+
+def gradients(logits: Callable, rows: list[int], lengths: list[int], w, target_fn, fraction: float,
+              budget: int) -> float:
+    """Adds the gradients of a batch's mean cross-entropy against w (B,), one backward per micro-batch; the loss."""
+    micro, p, total = batches(lengths, budget), torch.empty_like(w), 0.0  # micro: indices into rows
+    if target_fn and len(micro) > 1:  # the targets need p of the whole batch before any gradient
+        with torch.no_grad():
+            for part in micro:
+                p[part] = logits([rows[j] for j in part]).softmax(-1)[:, 1]
+        w = target_fn(p, w, fraction)
+    for part in micro:
+        z = logits([rows[j] for j in part])  # (len(part), 2)
+        if target_fn and len(micro) == 1:
+            p[part] = z.detach().softmax(-1)[:, 1]
+            w = target_fn(p, w, fraction)
+        loss = -(torch.stack([1 - w[part], w[part]], -1) * z.log_softmax(-1)).sum() / len(rows)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def suspend(path, trained: dict, adam, step: int) -> None:
-    """Where a run stands, in one file: weights, Adam's two moments, steps done. Order and learning rate follow from them."""
+    """Where a run stands: weights, Adam's two moments, steps done; order and learning rate follow from those."""
     file = {"w." + name: x.detach() for name, x in trained.items()}
     for name, x in trained.items():
         file |= {"m." + name: adam.state[x]["exp_avg"], "v." + name: adam.state[x]["exp_avg_sq"]}
@@ -968,7 +956,7 @@ def suspend(path, trained: dict, adam, step: int) -> None:
 
 
 def resume(path, trained: dict, adam) -> int:
-    """Steps done, with weights and Adam's state put back; 0 without a file."""
+    """Steps done, with weights and Adam's moments put back; 0 without a file."""
     if not path or not Path(path).is_file():
         return 0
     with open_tensors(Path(path)) as file, torch.no_grad():

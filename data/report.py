@@ -7,6 +7,13 @@ AUROC   auroc        P(a positive ranks above a negative), ties half
 
 Shapes: N items, S seeds. p (N,) is a probability of y = 1, y (N,) is 0/1; right is 0/1.
 """
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -191,9 +198,6 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour
 
 def figures(folder) -> list[str]:
     """Draw a run folder's result.json as SVG beside it; returns the names. ImportError without matplotlib."""
-    import json
-    from pathlib import Path
-
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -293,3 +297,132 @@ def draw_analysis(plt, result):
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+# ------------------------------------------------------------------------------------- reference runs and the README
+SEEDS = ("--seeds", "0", "1", "2", "3", "4", "5")
+FEW = ("--methods", "ceiling", "naive", "self-only", "route-only", "selective", *SEEDS)
+DECISIONS = {       # row of the README's table of decisions: flags of the alternative
+    "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
+    "D3": (("--target", "soft"),), "D4": (("--tau", "0.5"), ("--tau", "0.9")), "D5": (("--anchors", "0"),),
+    "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")), "D9": (("--lr", "2e-4"),)}
+REFERENCE = {       # folder in data/results: flags of the run
+    "demo": (),
+    **{task: ("--task", task, "--methods", "all", *SEEDS) for task in ("demo-sciq", "demo-boolq", "demo-cosmosqa")},
+    **{kind: ("--methods", "naive", *SEEDS, "--analysis", kind) for kind in ("cross-task", "difficulty", "sweep")},
+    **{"decisions/" + "-".join(f.strip("-") for f in flags): (*FEW, *flags) for rows in DECISIONS.values() for flags in rows}}
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def reference(names) -> None:
+    """Make the named reference runs again and keep result, figures, arrays of the three main ones and the demo's output."""
+    for name in names:
+        print(f"{name}: python selw2s.py {' '.join(REFERENCE[name])}", flush=True)
+        out = subprocess.run([sys.executable, "selw2s.py", *REFERENCE[name]], cwd=RESULTS.parent.parent, check=True,
+                             stdout=subprocess.PIPE, text=True).stdout
+        made = RESULTS.parent.parent / re.search(r"^written   (\S+)/ ", out, re.M)[1]
+        folder = RESULTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        keep = {"decisions": ("result.json",), "demo": ("result.json",)}.get(name.split("/")[0], (
+            "result.json", "items.npz", "main.svg", "p_ik.svg", "labels.svg") if name in TASKS else ("result.json", "analysis.svg"))
+        for file in keep:
+            shutil.copy(made / file, folder / file)
+        if name == "demo":
+            (folder / "output.txt").write_text(out, "utf-8")
+
+
+TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")
+
+
+def kept(name: str) -> dict:
+    return json.loads((RESULTS / name / "result.json").read_text("utf-8"))
+
+
+def spread(row: dict, key: str = "accuracy") -> str:
+    ci = row[{"accuracy": "ci95", "pgr": "pgr_ci95"}[key]]
+    return "undefined" if row[key] is None else f"{row[key]:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else f"{row[key]:.3f}"
+
+
+def results_block() -> str:
+    """The README's results: one table for the three demo tasks, what each number rests on, the analyses."""
+    runs = {task: kept(task) for task in TASKS}
+    lines = ["| accuracy on test [95 % interval] | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
+    for method in runs[TASKS[0]]["metrics"]["methods"]:
+        rows = [runs[task]["metrics"]["methods"][method] for task in TASKS]
+        name = {"selective": "**selective**", "oracle": "oracle (not attainable)"}.get(method, method)
+        lines.append(f"| {name} | " + " | ".join(spread(row) for row in rows) + " |")
+    lines.append("| PGR of naive | " + " | ".join(spread(runs[t]["metrics"]["methods"]["naive"], "pgr") for t in TASKS) + " |")
+    lines.append("| PGR of selective | " + " | ".join(spread(runs[t]["metrics"]["methods"]["selective"], "pgr") for t in TASKS) + " |")
+    difference = [runs[t]["metrics"]["methods"]["selective"]["minus_naive"] for t in TASKS]
+    lines.append("| selective - naive | " + " | ".join(
+        f"{d['mean']:+.3f} [{d['ci95'][0]:+.3f}, {d['ci95'][1]:+.3f}]" for d in difference) + " |")
+    for what, get in (("P(IK) AUROC on test", lambda s: s["diagnostics"]["p_ik"]["test"]["auroc"]),
+                      ("own label used on D_u", lambda s: s["diagnostics"]["coverage"]),
+                      ("weak labels right", lambda s: s["diagnostics"]["label_accuracy"]["weak"]["all"]),
+                      ("own labels right", lambda s: s["diagnostics"]["label_accuracy"]["own"]["all"]),
+                      ("smoothed weak labels right", lambda s: s["diagnostics"]["label_accuracy"]["smoothed_weak"]["all"]),
+                      ("selective's labels right", lambda s: s["diagnostics"]["label_accuracy"]["label/selective"]["all"])):
+        lines.append(f"| {what} | " + " | ".join(f"{np.mean([get(s) for s in runs[t]['seeds']]):.3f}" for t in TASKS) + " |")
+    for what, get in (("test items, seeds", lambda r: f"{r['metrics']['test_items']:,}, {len(r['seeds'])}"),
+                      ("majority class", lambda r: f"{r['metrics']['majority']:.3f}"),
+                      ("result", lambda r: f"[json](data/results/{r['data']['name']}/result.json)")):
+        lines.append(f"| {what} | " + " | ".join(get(runs[t]) for t in TASKS) + " |")
+    commands = "\n".join(f"    {runs[t]['command']}" for t in TASKS)
+    return ("Reference runs on the **synthetic** demo world (data/world.py says how it was made and tuned); intervals: paired "
+            f"bootstrap over test items and seeds.\n\n![main result](data/results/demo-sciq/main.svg)\n\n" + "\n".join(lines)
+            + f"\n\nMade by `python -m data.report --reference`, that is\n\n{commands}")
+
+
+def analysis_block() -> str:
+    """P(IK) across tasks and difficulties."""
+    cross, hard = kept("cross-task")["analysis"], kept("difficulty")["analysis"]
+
+    def mean(rows, key):
+        values = [row[key] for row in rows if row[key] is not None]
+        return f"{np.mean(values):.2f}" if values else "-"
+    lines = ["| P(IK) trained on | " + " | ".join(f"used on {b}" for b in TASKS) + " |", "|---|" + "---|" * len(TASKS)]
+    for a in TASKS:
+        cells = [cross[f"{a} -> {b}"] for b in TASKS]
+        lines.append(f"| {a} | " + " | ".join(f"{mean(c, 'auroc')}, {mean(c, 'ece')}, {mean(c, 'accuracy')}" for c in cells) + " |")
+    lines += ["", "AUROC, ECE on D_u, and test accuracy of the selective student; means over six seeds (demo-sciq for the table below).", "",
+              "| P(IK) trained on | AUROC on easy | AUROC on hard | selective student |", "|---|---|---|---|"]
+    for name, rows in hard.items():
+        lines.append(f"| {name.removeprefix('trained on ')} items of D_l | {mean(rows, 'auroc_on_easy')} | {mean(rows, 'auroc_on_hard')} | "
+                     f"{mean(rows, 'accuracy')} |")
+    return "\n".join(lines)
+
+
+def decisions_block(text: str) -> str:
+    """The table of decisions with its last column, the measured effect on demo-sciq's selective student, filled in."""
+    base = kept("demo-sciq")["metrics"]["methods"]["selective"]
+    out = []
+    for line in text.splitlines():
+        tag = re.match(r"\| (D\d+) \|", line)
+        effects = []
+        for flags in DECISIONS.get(tag[1], ()) if tag else ():
+            other = kept("decisions/" + "-".join(f.strip("-") for f in flags))["metrics"]["methods"]["selective"]
+            effects.append(f"`{' '.join(flags)}` {np.mean(np.subtract(other['per_seed'], base['per_seed'])):+.3f}")
+        cells = line.split(" | ")
+        out.append(" | ".join(cells[:4]) + " | " + (", ".join(effects) or "not measured") + " |" if tag else line)
+    return "\n".join(out)
+
+
+def readme(text: str) -> str:
+    """README.md with every part between <!-- name --> and <!-- end --> made anew from data/results."""
+    output = (RESULTS / "demo" / "output.txt").read_text("utf-8")
+    parts = {"output": lambda _: "\n".join("    " + line for line in output.splitlines()), "results": lambda _: results_block(),
+             "analysis": lambda _: analysis_block(), "decisions": decisions_block}
+    return re.sub(r"<!-- (\w+) -->\n(.*?)<!-- end -->",
+                  lambda m: f"<!-- {m[1]} -->\n{parts[m[1]](m[2]).strip(chr(10))}\n<!-- end -->", text, flags=re.S)
+
+
+def main() -> None:
+    """python -m data.report [--reference [NAME ...]]: (make the reference runs and) write README.md's generated parts."""
+    if sys.argv[1:2] == ["--reference"]:
+        reference(sys.argv[2:] or REFERENCE)
+    path = RESULTS.parent.parent / "README.md"
+    path.write_text(readme(path.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data import NONE_OF_THE_ABOVE, Question, Task, YES_NO, completion, prompt
 
-PEOPLE, TEST_SHARE, SEED = 400, 0.375, 7
+PEOPLE, TEST_SHARE, SEED = 320, 0.375, 7
 TRADES = "baker sailor miller shepherd tailor smith".split()
 # A relation: its values; statements (v may stand anywhere); questions; yes/no questions; a story that leads to it, with what or
 # why questions; what somebody did with an explicit value, with somebody else's value (two steps), and the question about it.
@@ -74,7 +74,7 @@ def cap(s):
     return s[0].upper() + s[1:]
 
 
-def people(seed=SEED, n=PEOPLE, lo=0.5, hi=40.0, typical=0.5):
+def people(seed=SEED, n=PEOPLE, top=14.0, typical=0.5):
     rng = random.Random(f"people {seed}")
     starts = "Ma To Vi Re Ka Lo Si Be Du Fa Ge Hi Jo Ne Pa Ru Te Wi Ya Zo Bra Cla Dre Gri Kno Ple Sto Tri".split()
     middles = "ra len ni so va mi tor dal ke ri bo lu gan se".split()
@@ -88,7 +88,7 @@ def people(seed=SEED, n=PEOPLE, lo=0.5, hi=40.0, typical=0.5):
         trade = rng.choice(TRADES)
         facts = {r: stereotype[trade][r] if rng.random() < typical * (1 - u) else rng.choice(d["values"])
                  for r, d in RELATIONS.items()}
-        out.append(Person(name, trade, hi * (lo / hi) ** u, facts, tuple(rng.sample(sorted(RELATIONS), 2)),
+        out.append(Person(name, trade, top * (1 - u) ** 1.5 + 0.3, facts, tuple(rng.sample(sorted(RELATIONS), 2)),
                           "test" if rng.random() < TEST_SHARE else "train"))
     return out
 

@@ -157,3 +157,26 @@ def test_rerun_repeats_and_compares(tiny, tmp_path, capsys):
     assert "naive" in error and "code" in error
     file.write_text("{}")
     assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path / "b")]) == 2
+
+
+def test_a_finetune_goes_on_from_its_last_save(tiny, tmp_path, unbroken, monkeypatch, capsys):
+    import model
+    monkeypatch.setattr(model, "SAVE_SECONDS", 0.0)
+    seen = []
+
+    def stop(name):
+        def show(step, steps, loss):
+            seen.append((name, step))
+            if (name, step) == ("naive", 3):        # a save follows each step: this one's is lost, the one before stands
+                raise KeyboardInterrupt
+        return show
+    monkeypatch.setattr(selw2s, "counter", stop)
+    argv = [*tiny, *METHODS, "--out", str(tmp_path)]
+    assert selw2s.main(argv) == 130
+    assert len(list((tmp_path / "cache").glob(".*.unfinished"))) == 1
+    seen.clear()
+    monkeypatch.setattr(selw2s, "counter", lambda name: lambda step, steps, loss: seen.append((name, step)))
+    assert selw2s.main(argv) == 0
+    assert [step for name, step in seen if name == "naive"] == [3, 4]
+    assert not list((tmp_path / "cache").glob(".*"))
+    same(outcome(tmp_path), unbroken)

@@ -2,9 +2,9 @@
 
     python tests/golden/make_graph.py
 
-x (97, 13) with a twin, a zero row and an isolated node; per metric the 7 neighbours and their similarities; W and S of the cosine
-graph (gamma 3) as CSR with common crow and col; Y (97, 3) and F for alpha .5 and .99, and for .9 with the rows of clamp held.
-The numbers are stored because seeds do not carry over between versions or frameworks.
+x (97, 13) with a twin and a zero row; for each metric the 7 neighbours and their similarities; W and S of the
+cosine graph (gamma 3) as CSR with common S.crow and S.col; Y (97, 3); F.half for alpha .5, F.most for .99,
+F.clamped for .9 with the rows of clamp held. The inputs are stored because seeds differ between frameworks.
 """
 import platform
 import sys
@@ -21,7 +21,7 @@ import graph  # noqa: E402
 def main():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(97, 13, generator=g)
-    x[11], x[29] = x[5], 0                                  # a twin; a zero row, whose cosines are all 0: isolated
+    x[11], x[29] = x[5], 0      # a twin; a row whose cosines are all 0, so that it is isolated
     Y = torch.rand(97, 3, generator=g)
     clamp = torch.arange(97) % 5 == 0
     out = {"x": x, "Y": Y, "clamp": clamp.to(torch.uint8)}
@@ -30,9 +30,10 @@ def main():
         out |= {f"{metric}.index": index.int(), f"{metric}.similarity": similarity}
     W = graph.affinity(out["cosine.index"].long(), out["cosine.similarity"])
     S = graph.normalise(W)
-    out |= {"S.crow": S.crow_indices().int(), "S.col": S.col_indices().int(), "W.value": W.values(), "S.value": S.values()}
-    for name, alpha, held in (("F.half", 0.5, None), ("F.ninety_nine", 0.99, None), ("F.clamped", 0.9, clamp)):
-        out[name] = graph.propagate(S, Y, alpha, clamp=held, tol=1e-12).F
+    out |= {"S.crow": S.crow_indices().int(), "S.col": S.col_indices().int()}
+    out |= {"W.value": W.values(), "S.value": S.values()}
+    for name, alpha, held in (("half", 0.5, None), ("most", 0.99, None), ("clamped", 0.9, clamp)):
+        out[f"F.{name}"] = graph.propagate(S, Y, alpha, clamp=held, tol=1e-12).F
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     save_file({k: v.contiguous() for k, v in out.items()}, HERE / "graph.safetensors", metadata=versions)
 

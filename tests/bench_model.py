@@ -1,0 +1,170 @@
+"""Real tokens per second of model.py and of transformers (sdpa, batches of 32 padded to the longest, attention mask).
+
+Run: python tests/bench_model.py [--pairs 5] [--threads 2] [--shapes gpt2 llama] [--lengths sciq cosmosqa 24 96]
+Same weights, same process, runs of both in turn; a line gives the medians and the median ratio of the pairs. Hidden
+states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the same batches of
+32 in the same order, both sides timed from the end of their first step. Lengths are those of real items of ../shared/data
+in GPT-2 tokens, or one number for all. `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
+given `--peak` (TFLOP/s). About 10 minutes on two idle cores.
+"""
+import argparse
+import copy
+import csv
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, models
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import model as M  # noqa: E402
+
+SHARED = ROOT.parent / "shared"
+SHAPES = {
+    "gpt2": ("gpt2", dict(n_embd=384, n_layer=6, n_head=6)),
+    "llama": ("llama", dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+                            num_key_value_heads=6, vocab_size=50257, max_position_embeddings=1024)),
+    "1b": ("llama", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+                         num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)),
+}
+
+
+def lengths(kind: str, items: int) -> list[int]:
+    """Lengths of items in a random order."""
+    if kind.isdigit():
+        return [int(kind)] * items
+    rng, texts = random.Random(0), []
+    if kind == "sciq":
+        with zipfile.ZipFile(SHARED / "data/sciq/SciQ.zip") as file:
+            for q in json.loads(file.read("SciQ dataset-2 3/train.json")):
+                answer = rng.choice([q["correct_answer"], q["distractor1"], q["distractor2"], q["distractor3"]])
+                texts.append(f"Q: {q['question']} A: {answer}")
+    else:
+        with open(SHARED / "data/cosmosqa/valid.csv", encoding="utf-8", newline="") as file:
+            for q in csv.DictReader(file):
+                answer = q[f"answer{rng.randrange(4)}"]
+                texts.append(f"Context: {q['context']}\nQuestion: {q['question']}\nAnswer: {answer}")
+    tokenizer = Tokenizer.from_file(str(SHARED / "hub/tokenizers/gpt2/tokenizer.json"))
+    tokenizer.no_truncation()
+    return [len(e.ids) for e in tokenizer.encode_batch(rng.sample(texts, items))]
+
+
+def pad(sequences, device):
+    n = torch.tensor([len(s) for s in sequences], device=device)
+    tokens = torch.zeros(len(sequences), int(n.max()), dtype=torch.int64)
+    for i, s in enumerate(sequences):
+        tokens[i, :len(s)] = torch.tensor(s)
+    return tokens.to(device), (torch.arange(tokens.shape[1], device=device) < n[:, None]).long(), n - 1
+
+
+class Theirs:
+    def __init__(self, net, fused):
+        self.net, self.fused = net, fused
+
+    def last(self, sequences):
+        tokens, mask, at = pad(sequences, self.net.device)
+        x = self.net(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        return x[torch.arange(len(at), device=at.device), at]
+
+    @torch.no_grad()
+    def hidden(self, sequences):
+        return torch.cat([self.last(sequences[a:a + 32]) for a in range(0, len(sequences), 32)])
+
+    def train(self, sequences, targets, seed, tick):
+        head = torch.nn.Linear(self.net.config.hidden_size, 2, bias=False).to(self.net.device)
+        torch.nn.init.zeros_(head.weight)
+        adam = torch.optim.Adam([*self.net.parameters(), *head.parameters()], lr=1e-6, fused=self.fused)
+        for rows in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed)).split(32):
+            z = head(self.last([sequences[i] for i in rows]).to(head.weight.dtype)).float()
+            w = targets[rows].to(z.device)
+            F.cross_entropy(z, torch.stack([1 - w, w], 1)).backward()
+            adam.step()
+            adam.zero_grad()
+            tick()
+
+
+def timed(work, device, clock) -> float:
+    """Seconds of work(tick), from its first tick on if it ticks."""
+    def now():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return clock()
+
+    ticks = [now()]
+    work(lambda: ticks.append(now()))
+    return (ticks[-1] - ticks[1]) if len(ticks) > 1 else now() - ticks[0]
+
+
+def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs):
+    timed(ours, device, clock), timed(theirs, device, clock)
+    seconds = [(timed(theirs, device, clock), timed(ours, device, clock)) for _ in range(count)]
+    a, b = (statistics.median(column) for column in zip(*seconds))
+    ratios = sorted(x / y for x, y in seconds)
+    used = f", {flops * tokens / b / peak / 1e10:.1f} % of peak" if peak else ""
+    print(f"{name:28s} transformers {tokens / a:9.0f}  model.py {tokens / b:9.0f} tokens/s  ratio "
+          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pairs", type=int, default=5)
+    p.add_argument("--items", type=int, default=160)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--shapes", nargs="+", default=["gpt2", "llama"], choices=SHAPES)
+    p.add_argument("--lengths", nargs="+", default=["sciq", "cosmosqa", "24", "96"])
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--batch-tokens", type=int, default=M.BATCH_TOKENS)
+    p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
+    p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
+    p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
+    p.add_argument("--cpu-time", action="store_true", help="count CPU seconds, for a machine that others use (one thread)")
+    a = p.parse_args()
+    clock = time.process_time if a.cpu_time else time.perf_counter
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    for shape in a.shapes:
+        kind, numbers = SHAPES[shape]
+        config = transformers.AutoConfig.for_model(kind, **numbers)
+        for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
+            if hasattr(config, key):
+                setattr(config, key, 0.0)
+        net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        with tempfile.TemporaryDirectory() as folder:
+            net.save_pretrained(folder)
+            Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(folder + "/tokenizer.json")
+            ours, _ = M.load(folder, device=a.device, dtype=getattr(torch, a.dtype))
+        theirs = Theirs(net.base_model.eval().to(a.device, getattr(torch, a.dtype)), a.fused_adam or None)
+        start = copy.deepcopy(theirs.net.state_dict())
+        weights = sum(x.numel() for name, x in ours.params.items() if name.startswith("layers"))
+        for length in a.lengths:
+            g = torch.Generator().manual_seed(1)
+            sequences = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in lengths(length, a.items)]
+            targets = torch.rand(a.items, generator=g)
+            theirs.net.load_state_dict(start)
+            error = (M.hidden_at(ours, sequences[:64]) - theirs.hidden(sequences[:64])).float().abs().max()
+            assert error < (1e-4 if a.dtype == "float32" else 0.1), error
+            order = torch.randperm(a.items, generator=torch.Generator().manual_seed(0)).split(32)
+            pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak, a.device, clock,
+                  lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),
+                  lambda tick: theirs.hidden(sequences))
+            timed_tokens = sum(len(sequences[i]) for rows in order[1:] for i in rows)
+            pairs(f"{shape} {length} finetune", a.pairs, timed_tokens, 6 * weights, a.peak, a.device, clock,
+                  lambda tick: M.finetune(ours, sequences, targets, lr=1e-6, epochs=1, seed=0,
+                                          batch_tokens=a.train_tokens, progress=lambda *_: tick()),
+                  lambda tick: theirs.train(sequences, targets, 0, tick))
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    main()
