@@ -234,7 +234,7 @@ def normalise(W):
     """S = D^-1/2 W D^-1/2, D = diag(W 1), sparse CSR: eigenvalues in [-1, 1]; an isolated row stays zero."""
     row = torch.arange(len(W), device=W.device).repeat_interleave(W.crow_indices().diff())
     col, value = W.col_indices(), W.values()                                            # (E,)
-    degree = value.new_zeros(len(W)).index_add(0, row, value)                           # (N,)
+    degree = (W @ value.new_ones(len(W), 1))[:, 0]                                      # (N,)
     scale = torch.where(degree > 0, degree.rsqrt(), 0)
     return _csr(row, col, value * (scale[row] * scale[col]), W.shape)                   # symmetric to the bit
 

@@ -74,7 +74,7 @@ def cap(s):
     return s[0].upper() + s[1:]
 
 
-def people(seed=SEED, n=PEOPLE, top=14.0, typical=0.5):
+def people(seed=SEED, n=PEOPLE, typical=0.5):
     rng = random.Random(f"people {seed}")
     starts = "Ma To Vi Re Ka Lo Si Be Du Fa Ge Hi Jo Ne Pa Ru Te Wi Ya Zo Bra Cla Dre Gri Kno Ple Sto Tri".split()
     middles = "ra len ni so va mi tor dal ke ri bo lu gan se".split()
@@ -88,7 +88,7 @@ def people(seed=SEED, n=PEOPLE, top=14.0, typical=0.5):
         trade = rng.choice(TRADES)
         facts = {r: stereotype[trade][r] if rng.random() < typical * (1 - u) else rng.choice(d["values"])
                  for r, d in RELATIONS.items()}
-        out.append(Person(name, trade, top * (1 - u) ** 1.5 + 0.3, facts, tuple(rng.sample(sorted(RELATIONS), 2)),
+        out.append(Person(name, trade, 20.0 * 0.25 ** (u / 0.55) if u < 0.55 else 0.3, facts, tuple(rng.sample(sorted(RELATIONS), 2)),
                           "test" if rng.random() < TEST_SHARE else "train"))
     return out
 

@@ -5,9 +5,9 @@
     python tests/bench_graph.py growth            # N = 10k ... 80k: data/results/graph_growth.json and .svg
     python tests/bench_graph.py memory            # peak memory of the self-join of N = 200,000, d = 64
 
-Runs alternate, ours then theirs; a line gives the median seconds of each, then the median of the ratios of the
-pairs, ours / theirs, and their range. With --threads 1 the clock is the processor's, which other programs on the
-machine disturb less. Inputs are Gaussian rows, k = 10.
+Runs alternate, ours then theirs; a line gives the median seconds of each, then the median of the ratios of
+the pairs, ours / theirs, and their range. With --threads 1 the clock is the processor's, which other programs
+on the machine disturb less. Inputs are Gaussian rows, k = 10.
 """
 import argparse
 import json

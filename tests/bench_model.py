@@ -117,7 +117,7 @@ def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pairs", type=int, default=5)
-    p.add_argument("--items", type=int, default=160)
+    p.add_argument("--items", type=int, default=256)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--shapes", nargs="+", default=["gpt2", "llama"], choices=SHAPES)
     p.add_argument("--lengths", nargs="+", default=["sciq", "cosmosqa", "24", "96"])
@@ -153,6 +153,8 @@ def main():
             theirs.net.load_state_dict(start)
             error = (M.hidden_at(ours, sequences[:64]) - theirs.hidden(sequences[:64])).float().abs().max()
             assert error < (1e-4 if a.dtype == "float32" else 0.1), error
+            padded = sum(32 * max(map(len, sequences[i:i + 32])) for i in range(0, a.items, 32))
+            print(f"{shape} {length}: {a.items} items, padding costs {padded / sum(map(len, sequences)):.2f} x")
             order = torch.randperm(a.items, generator=torch.Generator().manual_seed(0)).split(32)
             pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak, a.device, clock,
                   lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),

@@ -161,6 +161,8 @@ def test_a_smaller_k_is_a_prefix():
     for k in (1, 10, 49):
         got = graph.knn(x, k)
         assert torch.equal(got[0], index[:, :k]) and torch.equal(got[1], similarity[:, :k])
+        W, prefix = graph.affinity(*got), graph.affinity(index[:, :k], similarity[:, :k])
+        assert torch.equal(W.to_dense(), prefix.to_dense())
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
