@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import zlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,7 +319,7 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     model = Transformer(config, params)
-    model.raw, model.revision = raw, None if Path(source).is_dir() else folder.name
+    model.raw, model.folder, model.revision = raw, folder, None if Path(source).is_dir() else folder.name
     print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} head, "
           f"{sum(p.numel() for p in params.values()) / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
     return model, tokenizer
@@ -484,7 +485,7 @@ class Batch:
 
 
 def rope_table(rope: tuple, position):
-    """cos and sin, each (P, 1, R / 2) float32, for R rotated channels."""
+    """cos and sin, each (P, 1, R) float32 for R rotated channels; sin is negative in its first half."""
     base, rotated, scaling = rope[0], rope[1], dict(rope[2])
     frequency = 1.0 / base ** (torch.arange(0, rotated, 2, device=position.device).float() / rotated)  # (R / 2,)
     if "low_freq_factor" in scaling:  # llama3: slow turns are slowed further, fast ones kept, between them a blend
@@ -494,21 +495,22 @@ def rope_table(rope: tuple, position):
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
     elif scaling:
         frequency = frequency / scaling["factor"]
-    angle = position.float()[:, None, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = position.float()[:, None, None] * frequency  # (P, 1, R / 2)
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
 def rotate(x, cos, sin):
     """RoPE on the first R channels of every head; channel r and channel r + R / 2 are a pair. x (P, H, D)"""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], -1)
+    R = cos.shape[-1]
+    part = x[..., :R].float() if R < x.shape[-1] else x.float()
+    turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x.dtype)
+    return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], -1)
 
 
 class Transformer:
-    """A checkpoint: config, params (canonical name -> tensor), device, dtype; from load also raw (config.json) and
-    revision (the hub's commit; None for a directory). Nothing here changes params."""
-    raw, revision, recompute = None, None, False  # recompute: activation checkpointing, block by block
+    """A checkpoint: config, params (canonical name -> tensor), device, dtype; from load also raw (config.json),
+    folder, revision (the hub's commit; None for a directory). Nothing here changes params."""
+    raw, folder, revision, recompute = None, None, None, False  # recompute: activation checkpointing, block by block
 
     def __init__(self, config: Config, params: dict[str, torch.Tensor]):
         self.config, self.params = config, params
@@ -519,9 +521,10 @@ class Transformer:
         weight, bias = self.params.get(name + ".weight"), self.params.get(name + ".bias")
         if weight is None:
             return x
-        if bias is None:
-            return F.rms_norm(x.float(), weight.shape, weight, self.config.eps).to(x.dtype)
-        return F.layer_norm(x.float(), weight.shape, weight, bias, self.config.eps).to(x.dtype)
+        if bias is not None:
+            return F.layer_norm(x.float(), weight.shape, weight, bias, self.config.eps).to(x.dtype)
+        size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)  # F.rms_norm's backward is twice as slow on CPU
+        return (x * torch.rsqrt(size * size / len(weight) + self.config.eps) * weight).to(x.dtype)
 
     def linear(self, x, name):
         y = F.linear(x, self.params[name + ".weight"], self.params.get(name + ".bias"))
@@ -810,7 +813,7 @@ def log_likelihood(model: Transformer, x, before: list[int], target, cells: int 
 # ---- finetuning ------------------------------------------------------------------------------------------------
 
 TRAIN_TOKENS = 8192  # of a micro-batch
-SAVE_SECONDS = 60.0  # between two saves of a resumable run
+SAVE_SECONDS = 300.0  # between two saves of a resumable run
 
 
 class Classifier:
@@ -946,24 +949,37 @@ def gradients(logits: Callable, rows: list[int], lengths: list[int], w, target_f
     return total
 
 
+def checksum(file: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of all bytes, in the order of the names."""
+    crc = 0
+    for _, x in sorted(file.items()):
+        crc = zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return str(crc)
+
+
 def suspend(path, trained: dict, adam, step: int) -> None:
     """Where a run stands: weights, Adam's two moments, steps done; order and learning rate follow from those."""
     file = {"w." + name: x.detach() for name, x in trained.items()}
     for name, x in trained.items():
         file |= {"m." + name: adam.state[x]["exp_avg"], "v." + name: adam.state[x]["exp_avg_sq"]}
-    save_file(file, f"{path}.tmp", {"step": str(step)})
-    os.replace(f"{path}.tmp", path)
+    save_file(file, f"{path}.{os.getpid()}", {"step": str(step), "crc32": checksum(file)})
+    os.replace(f"{path}.{os.getpid()}", path)
 
 
 def resume(path, trained: dict, adam) -> int:
-    """Steps done, with weights and Adam's moments put back; 0 without a file."""
+    """Steps done, with weights and Adam's moments put back; 0 without a file or with a damaged one."""
     if not path or not Path(path).is_file():
         return 0
-    with open_tensors(Path(path)) as file, torch.no_grad():
-        step = int(file.metadata()["step"])
-        for name, x in trained.items():
-            x.copy_(file.get_tensor("w." + name))
-            adam.state[x] = {"step": torch.tensor(float(step), device=x.device),
-                             "exp_avg": file.get_tensor("m." + name).to(x.device, copy=True),
-                             "exp_avg_sq": file.get_tensor("v." + name).to(x.device, copy=True)}
-    return step
+    try:
+        with open_tensors(Path(path)) as stored:
+            meta, file = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
+    except (LoadError, SafetensorError):
+        return 0
+    if checksum(file) != meta.get("crc32") or set(file) != {f"{kind}.{name}" for kind in "wmv" for name in trained}:
+        return 0
+    for name, x in trained.items():
+        with torch.no_grad():
+            x.copy_(file["w." + name])
+        moments = {key: file[f"{kind}.{name}"].to(x.device) for key, kind in (("exp_avg", "m"), ("exp_avg_sq", "v"))}
+        adam.state[x] = {"step": torch.tensor(float(meta["step"]), device=x.device), **moments}
+    return int(meta["step"])

@@ -403,7 +403,7 @@ def open_side(source: str, config: Config) -> Side:
     size = sum(p.numel() for p in model.params.values())
     auto = 1e-5 if size >= 1e9 else 5e-5 if size >= 5e7 else 5e-4
     h = hashlib.sha256()
-    for file in sorted(Path(getattr(model, "folder", source)).iterdir()):
+    for file in sorted(model.folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())

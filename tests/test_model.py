@@ -76,7 +76,7 @@ def shake(net):
             if p.ndim == 1:
                 p += 0.3 * noise
             elif re.search(r"embed|wte|wpe", name):
-                p.copy_(noise)
+                p.copy_(noise / 2 if net.config.tie_word_embeddings else noise)  # large logits have large rounding errors
             else:
                 p.copy_(noise / (p.shape[0] if re.search(r"\bh\..*c_(attn|proj|fc)", name) else p.shape[1]) ** 0.5)
 
@@ -215,7 +215,8 @@ def row(**literals):
 
 
 def interleaved(x, cos, sin):
-    a, b, rest = x[..., 0:2 * cos.shape[-1]:2], x[..., 1:2 * cos.shape[-1]:2], x[..., 2 * cos.shape[-1]:]
+    R = cos.shape[-1]
+    a, b, rest, cos, sin = x[..., 0:R:2], x[..., 1:R:2], x[..., R:], cos[..., R // 2:], sin[..., R // 2:]
     return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2), rest], -1)
 
 
