@@ -24,8 +24,8 @@ import json
 import math
 import os
 import re
-import zlib
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence

@@ -346,8 +346,8 @@ class Stages:
 
     def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
                  **work) -> dict[str, Tensor]:
-        """compute(path) -> tensors, or the stored ones. It may keep its state in path, removed at the end. name
-        and work (steps, tokens: numbers for the log) do not enter the key."""
+        """compute(path) -> tensors, or the stored ones; it may keep its state in path, removed at the end.
+        name and work (steps, tokens: numbers for the log) do not enter the key."""
         path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
         unfinished = path.with_name(f".{path.stem}.unfinished")
         if path.exists():
@@ -407,7 +407,8 @@ def open_side(source: str, config: Config) -> Side:
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Side(model, tokenizer, h.hexdigest(), auto if config.lr == "auto" else float(config.lr), size >= 1e9)
+    lr = auto if config.lr == "auto" else float(config.lr)
+    return Side(model, tokenizer, h.hexdigest(), lr, size >= 1e9)
 
 
 def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Config, seed: int, stages: Stages,
@@ -423,8 +424,8 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
         return {"p": student.predict(ask),
                 "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
     depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask)
-    return stages("finetune", name, depends, compute, steps=config.epochs * -(-len(sequences) // config.batch),
-                  tokens=config.epochs * sum(map(len, sequences)))
+    steps = config.epochs * -(-len(sequences) // config.batch)
+    return stages("finetune", name, depends, compute, steps=steps, tokens=config.epochs * sum(map(len, sequences)))
 
 
 def counter(name: str):
@@ -835,7 +836,7 @@ def fit(task, sides, config: Config, tell):
     seen = {q.group for q in task.test} if config.protocol == "paper" else ()
     train = [q for q in task.train if q.group not in seen]
     if len(train) < len(task.train):
-        tell(f"data      {len(task.train) - len(train)} train questions left out: test asks them or has their passage")
+        tell(f"data      {len(task.train) - len(train)} train questions left out: test has them or their passage")
     parts = {"train": [cut_one(q) for q in train[:config.limit or None]],
              "test": [cut_one(q) for q in task.test[:config.limit or None]]}
     if shortened:
@@ -876,8 +877,8 @@ def run(config: Config) -> dict:
         "schema": 1, "command": "python selw2s.py " + " ".join(sys.argv[1:]), "config": asdict(config),
         "code": sources,
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test)},
-        "models": {"weak": weak.sha256, "strong": strong.sha256,
-                   "lr": {"weak": weak.lr, "strong": strong.lr}},
+        "models": {name: {"sha256": side.sha256, "revision": side.model.revision, "lr": side.lr}
+                   for name, side in (("weak", weak), ("strong", strong))},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                 "device": config.device,
                 "gpu": torch.cuda.get_device_name() if config.device.startswith("cuda") else None,

@@ -299,125 +299,142 @@ def draw_analysis(plt, result):
     return figure
 
 
-# ------------------------------------------------------------------------------------- reference runs and the README
+# ---------------------------------------------------------------------- reference runs and the README
+TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")
 SEEDS = ("--seeds", "0", "1", "2", "3", "4", "5")
 FEW = ("--methods", "ceiling", "naive", "self-only", "route-only", "selective", *SEEDS)
-DECISIONS = {       # row of the README's table of decisions: flags of the alternative
+DECISIONS = {       # row of the README's table of decisions: flags of its alternatives
     "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
     "D3": (("--target", "soft"),), "D4": (("--tau", "0.5"), ("--tau", "0.9")), "D5": (("--anchors", "0"),),
     "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")), "D9": (("--lr", "2e-4"),)}
-REFERENCE = {       # folder in data/results: flags of the run
-    "demo": (),
-    **{task: ("--task", task, "--methods", "all", *SEEDS) for task in ("demo-sciq", "demo-boolq", "demo-cosmosqa")},
-    **{kind: ("--methods", "naive", *SEEDS, "--analysis", kind) for kind in ("cross-task", "difficulty", "sweep")},
-    **{"decisions/" + "-".join(f.strip("-") for f in flags): (*FEW, *flags) for rows in DECISIONS.values() for flags in rows}}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def decision(flags) -> str:
+    """Folder of the run that measures an alternative: decisions/own-mean."""
+    return "decisions/" + "-".join(flag.strip("-") for flag in flags)
+
+
+REFERENCE = {       # folder in data/results: flags of the run, files kept of it
+    "demo": ((), ("result.json",)),
+    **{task: (("--task", task, "--methods", "all", *SEEDS),
+              ("result.json", "items.npz", "main.svg", "p_ik.svg", "labels.svg")) for task in TASKS},
+    **{kind: (("--methods", "naive", *SEEDS, "--analysis", kind), ("result.json", "analysis.svg"))
+       for kind in ("cross-task", "difficulty", "sweep")},
+    **{decision(flags): ((*FEW, *flags), ("result.json",)) for rows in DECISIONS.values() for flags in rows}}
+
+
 def reference(names) -> None:
-    """Make the named reference runs again and keep result, figures, arrays of the three main ones and the demo's output."""
+    """Make the named reference runs again; keep their files, and what the demo prints."""
     for name in names:
-        print(f"{name}: python selw2s.py {' '.join(REFERENCE[name])}", flush=True)
-        out = subprocess.run([sys.executable, "selw2s.py", *REFERENCE[name]], cwd=RESULTS.parent.parent, check=True,
+        flags, files = REFERENCE[name]
+        print(f"{name}: python selw2s.py {' '.join(flags)}", flush=True)
+        out = subprocess.run([sys.executable, "selw2s.py", *flags], cwd=RESULTS.parent.parent, check=True,
                              stdout=subprocess.PIPE, text=True).stdout
         made = RESULTS.parent.parent / re.search(r"^written   (\S+)/ ", out, re.M)[1]
         folder = RESULTS / name
         folder.mkdir(parents=True, exist_ok=True)
-        keep = {"decisions": ("result.json",), "demo": ("result.json",)}.get(name.split("/")[0], (
-            "result.json", "items.npz", "main.svg", "p_ik.svg", "labels.svg") if name in TASKS else ("result.json", "analysis.svg"))
-        for file in keep:
+        for file in files:
             shutil.copy(made / file, folder / file)
         if name == "demo":
             (folder / "output.txt").write_text(out, "utf-8")
 
 
-TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")
+def kept(name: str) -> dict | None:
+    """result.json of a reference run; None if it was not made yet."""
+    file = RESULTS / name / "result.json"
+    return json.loads(file.read_text("utf-8")) if file.exists() else None
 
 
-def kept(name: str) -> dict:
-    return json.loads((RESULTS / name / "result.json").read_text("utf-8"))
+def spread(value, ci) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
 
-def spread(row: dict, key: str = "accuracy") -> str:
-    ci = row[{"accuracy": "ci95", "pgr": "pgr_ci95"}[key]]
-    return "undefined" if row[key] is None else f"{row[key]:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else f"{row[key]:.3f}"
+def results_block(_: str) -> str:
+    """The README's results: one table for the demo tasks, and what each number rests on."""
+    runs = {task: result for task in TASKS if (result := kept(task))}
+
+    def row(name, cell):
+        return f"| {name} | " + " | ".join(cell(result) for result in runs.values()) + " |"
+
+    def method(name, key="accuracy", ci="ci95"):
+        return lambda r: spread(r["metrics"]["methods"][name][key], r["metrics"]["methods"][name][ci])
+
+    def mean(get):
+        return lambda r: f"{np.mean([get(seed['diagnostics']) for seed in r['seeds']]):.3f}"
+    titles = {"selective": "**selective**", "oracle": "oracle (not attainable)"}
+    lines = [row("accuracy on test [95 % interval]", lambda r: r["data"]["name"]),
+             "|---" * (len(runs) + 1) + "|"]
+    lines += [row(titles.get(m, m), method(m)) for m in next(iter(runs.values()))["metrics"]["methods"]]
+    lines += [row(f"PGR of {m}", method(m, "pgr", "pgr_ci95")) for m in ("naive", "selective")]
+    lines += [row("selective - naive", lambda r: spread(
+        *(r["metrics"]["methods"]["selective"]["minus_naive"][key] for key in ("mean", "ci95"))))]
+    lines += [row(name, mean(get)) for name, get in (
+        ("P(IK): AUROC on test", lambda d: d["p_ik"]["test"]["auroc"]),
+        ("own label used on D_u", lambda d: d["coverage"]),
+        *((f"{name} labels right", lambda d, key=key: d["label_accuracy"][key]["all"]) for name, key in (
+            ("weak", "weak"), ("own", "own"), ("smoothed weak", "smoothed_weak"),
+            ("selective's", "label/selective"))))]
+    lines += [row("majority class", lambda r: f"{r['metrics']['majority']:.3f}"),
+              row("test items, seeds", lambda r: f"{r['metrics']['test_items']:,}, {len(r['seeds'])}"),
+              row("result", lambda r: f"[json](data/results/{r['data']['name']}/result.json)")]
+    return ("Reference runs on the **synthetic** demo world (data/world.py says how it was made and tuned); "
+            "intervals: paired\nbootstrap over test items and seeds.\n\n"
+            "![accuracy of every method on demo-sciq](data/results/demo-sciq/main.svg)\n\n" + "\n".join(lines)
+            + "\n\nMade by `python -m data.report --reference`, that is\n\n"
+            + "\n".join(f"    {result['command']}" for result in runs.values()))
 
 
-def results_block() -> str:
-    """The README's results: one table for the three demo tasks, what each number rests on, the analyses."""
-    runs = {task: kept(task) for task in TASKS}
-    lines = ["| accuracy on test [95 % interval] | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
-    for method in runs[TASKS[0]]["metrics"]["methods"]:
-        rows = [runs[task]["metrics"]["methods"][method] for task in TASKS]
-        name = {"selective": "**selective**", "oracle": "oracle (not attainable)"}.get(method, method)
-        lines.append(f"| {name} | " + " | ".join(spread(row) for row in rows) + " |")
-    lines.append("| PGR of naive | " + " | ".join(spread(runs[t]["metrics"]["methods"]["naive"], "pgr") for t in TASKS) + " |")
-    lines.append("| PGR of selective | " + " | ".join(spread(runs[t]["metrics"]["methods"]["selective"], "pgr") for t in TASKS) + " |")
-    difference = [runs[t]["metrics"]["methods"]["selective"]["minus_naive"] for t in TASKS]
-    lines.append("| selective - naive | " + " | ".join(
-        f"{d['mean']:+.3f} [{d['ci95'][0]:+.3f}, {d['ci95'][1]:+.3f}]" for d in difference) + " |")
-    for what, get in (("P(IK) AUROC on test", lambda s: s["diagnostics"]["p_ik"]["test"]["auroc"]),
-                      ("own label used on D_u", lambda s: s["diagnostics"]["coverage"]),
-                      ("weak labels right", lambda s: s["diagnostics"]["label_accuracy"]["weak"]["all"]),
-                      ("own labels right", lambda s: s["diagnostics"]["label_accuracy"]["own"]["all"]),
-                      ("smoothed weak labels right", lambda s: s["diagnostics"]["label_accuracy"]["smoothed_weak"]["all"]),
-                      ("selective's labels right", lambda s: s["diagnostics"]["label_accuracy"]["label/selective"]["all"])):
-        lines.append(f"| {what} | " + " | ".join(f"{np.mean([get(s) for s in runs[t]['seeds']]):.3f}" for t in TASKS) + " |")
-    for what, get in (("test items, seeds", lambda r: f"{r['metrics']['test_items']:,}, {len(r['seeds'])}"),
-                      ("majority class", lambda r: f"{r['metrics']['majority']:.3f}"),
-                      ("result", lambda r: f"[json](data/results/{r['data']['name']}/result.json)")):
-        lines.append(f"| {what} | " + " | ".join(get(runs[t]) for t in TASKS) + " |")
-    commands = "\n".join(f"    {runs[t]['command']}" for t in TASKS)
-    return ("Reference runs on the **synthetic** demo world (data/world.py says how it was made and tuned); intervals: paired "
-            f"bootstrap over test items and seeds.\n\n![main result](data/results/demo-sciq/main.svg)\n\n" + "\n".join(lines)
-            + f"\n\nMade by `python -m data.report --reference`, that is\n\n{commands}")
-
-
-def analysis_block() -> str:
+def analysis_block(_: str) -> str:
     """P(IK) across tasks and difficulties."""
-    cross, hard = kept("cross-task")["analysis"], kept("difficulty")["analysis"]
+    cross, hard = kept("cross-task"), kept("difficulty")
+    if not cross or not hard:
+        return "Not run yet; `--analysis cross-task` and `--analysis difficulty` make it."
 
-    def mean(rows, key):
-        values = [row[key] for row in rows if row[key] is not None]
-        return f"{np.mean(values):.2f}" if values else "-"
-    lines = ["| P(IK) trained on | " + " | ".join(f"used on {b}" for b in TASKS) + " |", "|---|" + "---|" * len(TASKS)]
+    def means(rows, *keys):
+        found = [[row[key] for row in rows if row[key] is not None] for key in keys]
+        return ", ".join(f"{np.mean(values):.2f}" if values else "-" for values in found)
+    lines = ["| P(IK) trained on | " + " | ".join(f"used on {b}" for b in TASKS) + " |",
+             "|---" * (len(TASKS) + 1) + "|"]
     for a in TASKS:
-        cells = [cross[f"{a} -> {b}"] for b in TASKS]
-        lines.append(f"| {a} | " + " | ".join(f"{mean(c, 'auroc')}, {mean(c, 'ece')}, {mean(c, 'accuracy')}" for c in cells) + " |")
-    lines += ["", "AUROC, ECE on D_u, and test accuracy of the selective student; means over six seeds (demo-sciq for the table below).", "",
-              "| P(IK) trained on | AUROC on easy | AUROC on hard | selective student |", "|---|---|---|---|"]
-    for name, rows in hard.items():
-        lines.append(f"| {name.removeprefix('trained on ')} items of D_l | {mean(rows, 'auroc_on_easy')} | {mean(rows, 'auroc_on_hard')} | "
-                     f"{mean(rows, 'accuracy')} |")
+        cells = (means(cross["analysis"][f"{a} -> {b}"], "auroc", "ece", "accuracy") for b in TASKS)
+        lines.append(f"| {a} | " + " | ".join(cells) + " |")
+    lines += ["", "AUROC and ECE on D_u, accuracy of the selective student; means over six seeds. On demo-sciq:",
+              "", "| P(IK) trained on | AUROC on easy items | AUROC on hard items | selective student |",
+              "|---|---|---|---|"]
+    for name, rows in hard["analysis"].items():
+        cells = means(rows, "auroc_on_easy", "auroc_on_hard", "accuracy").replace(", ", " | ")
+        lines.append(f"| {name.removeprefix('trained on ')} items of D_l | {cells} |")
     return "\n".join(lines)
 
 
 def decisions_block(text: str) -> str:
-    """The table of decisions with its last column, the measured effect on demo-sciq's selective student, filled in."""
-    base = kept("demo-sciq")["metrics"]["methods"]["selective"]
-    out = []
+    """The table of decisions, its last column filled in: effect on demo-sciq's selective student."""
+    base, out = kept("demo-sciq")["metrics"]["methods"]["selective"], []
     for line in text.splitlines():
-        tag = re.match(r"\| (D\d+) \|", line)
-        effects = []
+        tag, effects = re.match(r"\| (D\d+) \|", line), []
         for flags in DECISIONS.get(tag[1], ()) if tag else ():
-            other = kept("decisions/" + "-".join(f.strip("-") for f in flags))["metrics"]["methods"]["selective"]
-            effects.append(f"`{' '.join(flags)}` {np.mean(np.subtract(other['per_seed'], base['per_seed'])):+.3f}")
-        cells = line.split(" | ")
-        out.append(" | ".join(cells[:4]) + " | " + (", ".join(effects) or "not measured") + " |" if tag else line)
+            if other := kept(decision(flags)):
+                per_seed = other["metrics"]["methods"]["selective"]["per_seed"]
+                effects.append(f"`{' '.join(flags)}` {np.subtract(per_seed, base['per_seed']).mean():+.3f}")
+        cells = [*line.split(" | ")[:4], (", ".join(effects) or "not measured") + " |"]
+        out.append(" | ".join(cells) if tag else line)
     return "\n".join(out)
 
 
 def readme(text: str) -> str:
     """README.md with every part between <!-- name --> and <!-- end --> made anew from data/results."""
-    output = (RESULTS / "demo" / "output.txt").read_text("utf-8")
-    parts = {"output": lambda _: "\n".join("    " + line for line in output.splitlines()), "results": lambda _: results_block(),
-             "analysis": lambda _: analysis_block(), "decisions": decisions_block}
+    printed = (RESULTS / "demo/output.txt").read_text("utf-8").splitlines()
+    parts = {"results": results_block, "analysis": analysis_block, "decisions": decisions_block,
+             "output": lambda _: "\n".join("    " + line for line in printed)}
     return re.sub(r"<!-- (\w+) -->\n(.*?)<!-- end -->",
-                  lambda m: f"<!-- {m[1]} -->\n{parts[m[1]](m[2]).strip(chr(10))}\n<!-- end -->", text, flags=re.S)
+                  lambda m: f"<!-- {m[1]} -->\n{parts[m[1]](m[2])}\n<!-- end -->", text, flags=re.S)
 
 
 def main() -> None:
-    """python -m data.report [--reference [NAME ...]]: (make the reference runs and) write README.md's generated parts."""
+    """python -m data.report [--reference [NAME ...]]: write README.md's generated parts; first make the runs."""
     if sys.argv[1:2] == ["--reference"]:
         reference(sys.argv[2:] or REFERENCE)
     path = RESULTS.parent.parent / "README.md"
