@@ -277,5 +277,5 @@ def propagate(S, Y, alpha, *, clamp=None, tol=1e-6, max_iter=1000):
     R = free * ((1 - alpha) * Y + alpha * (S @ F) - F)
     residual = torch.where(scale > 0, R.norm(dim=0) / scale, 0).max().item()
     if residual > tol:
-        warnings.warn(f"propagate: residual {residual:.1e} > tol {tol:.1e} at step {iterations} of {max_iter}")
+        warnings.warn(f"propagate: residual {residual:.1e} > tol {tol:.0e} at step {iterations}/{max_iter}")
     return Propagation(F, iterations, residual)

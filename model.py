@@ -1,22 +1,23 @@
 """The networks of the method: checkpoints, hidden states, option log-likelihoods, finetuning.
 
-Selective weak-to-strong generalization (Lang, Huang, Li, arXiv 2511.14166) asks three things of a language model:
-a classifier finetuned on soft labels (weak supervisor, student, ceiling), hidden states (P(IK), graph) and the
-log-likelihood of each option (self-generated labels). All three run through one function, Transformer.packed.
+Selective weak-to-strong generalization (Lang, Huang, Li, arXiv 2511.14166) asks three things of a language
+model: a classifier finetuned on soft labels (weak supervisor, student, ceiling), hidden states (P(IK), graph)
+and the log-likelihood of each option (self-generated labels). All three run through one function,
+Transformer.packed.
 
     symbol     here                shape      source
-    P(y = 1)   Classifier.predict  (N,)       soft label, Burns et al. 2023 (arXiv 2312.09390), app. A; head [D8]
+    P(y = 1)   Classifier.predict  (N,)       soft label, Burns et al. 2023 (arXiv 2312.09390), app. A [D8]
     log p(a|q) Reading.loglik      (Q, O)     option scores, Kadavath et al. 2022 (arXiv 2207.05221) [D1]
     h(q)       Reading.prompt      (Q, n, C)  state at the end of the question: what P(IK) looks at
     h(q, a)    Reading.item        (Q, n, C)  state at the end of the item: a node of the graph
 
-Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension, I inner
-width of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.
-Packed layout: the tokens of a batch lie end to end, (P, C), and nothing is computed for padding; attention works on
-runs of sequences of one length, (B, H, T, D), where plain causal attention needs no mask.
-Parameters are a dict with one set of names for all families: embed pos norm head, layers.{i}.{norm1 q k v q_norm
-k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in). A part that a family
-lacks has no tensor, and the network passes it by.
+Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension,
+I inner width of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.
+Packed layout: the tokens of a batch lie end to end, (P, C), and nothing is computed for padding; attention
+works on runs of sequences of one length, (B, H, T, D), where plain causal attention needs no mask.
+Parameters are a dict with one set of names for all families: embed pos norm head, layers.{i}.{norm1 q k v
+q_norm k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in). A part
+that a family lacks has no tensor, and the network passes it by.
 """
 import base64
 import itertools
@@ -45,7 +46,7 @@ class TrainError(ValueError):
     """A finetuning run that cannot go on: one line saying at which step, and what to do."""
 
 
-# ---- families: names in a table, numbers from config.json ------------------------------------------------------
+# ---- families: names in a table, numbers from config.json --------------------------------------------------
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
@@ -53,22 +54,24 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 SPELLINGS = dict(  # every key of config.json that a number may stand under
     vocab=["vocab_size"], context=["max_position_embeddings", "n_positions"], width=["hidden_size", "n_embd"],
-    layers=["num_hidden_layers", "n_layer", "num_layers"], heads=["num_attention_heads", "n_head", "num_heads"],
+    layers=["num_hidden_layers", "n_layer", "num_layers"],
+    heads=["num_attention_heads", "n_head", "num_heads"],
     kv_heads=["num_key_value_heads"], head_dim=["head_dim", "kv_channels"],
     inner=["intermediate_size", "n_inner", "ffn_dim"], tied=["tie_word_embeddings"],
     act=["activation_function", "hidden_activation", "hidden_act"],
     eps=["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"],
     base=["rope_theta", "rotary_emb_base"], local_base=["rope_local_base_freq"],
     fraction=["partial_rotary_factor", "rotary_pct"], window=["sliding_window", "window_size"],
-    scale=["query_pre_attn_scalar"], attn_cap=["attn_logit_softcapping"], logit_cap=["final_logit_softcapping"],
-    parallel=["use_parallel_residual"], attention_bias=["attention_bias", "enable_bias"],
-    mlp_bias=["mlp_bias", "enable_bias"])
+    scale=["query_pre_attn_scalar"], attn_cap=["attn_logit_softcapping"],
+    logit_cap=["final_logit_softcapping"], parallel=["use_parallel_residual"],
+    attention_bias=["attention_bias", "enable_bias"], mlp_bias=["mlp_bias", "enable_bias"])
 INERT_KEYS = re.compile(  # keys that change nothing in a forward pass without dropout
-    r"model_type|architectures|auto_map|transformers_version|_name_or_path|(torch_)?dtype|use_cache|is_decoder|prefix"
-    r"|.*(dropout|_pdrop|layerdrop)(_prob)?|initializer_range|init_std|(bos|eos|pad|unk|sep)_token_id|summary_.*"
-    r"|id2label|label2id|_?num_labels|task_specific_params|n_special|predict_special_tokens|output_.*|n_ctx"
-    r"|pretraining_tp|is_llama_config|gradient_checkpointing|chunk_size_feed_forward|is_encoder_decoder|return_dict"
-    r"|problem_type|tokenizer_class|reorder_and_upcast_attn|cache_implementation")
+    r"model_type|architectures|auto_map|transformers_version|_name_or_path|(torch_)?dtype|use_cache"
+    r"|.*(dropout|_pdrop|layerdrop)(_prob)?|initializer_range|init_std|(bos|eos|pad|unk|sep)_token_id|prefix"
+    r"|summary_.*|id2label|label2id|_?num_labels|task_specific_params|n_special|predict_special_tokens"
+    r"|output_.*|n_ctx|is_decoder"
+    r"|pretraining_tp|is_llama_config|gradient_checkpointing|chunk_size_feed_forward|is_encoder_decoder"
+    r"|return_dict|problem_type|tokenizer_class|reorder_and_upcast_attn|cache_implementation")
 
 
 def but(row: dict, names: dict = {}, numbers: dict = {}, **changes) -> dict:
@@ -77,12 +80,14 @@ def but(row: dict, names: dict = {}, numbers: dict = {}, **changes) -> dict:
     return row | changes | dict(names=named, numbers=row["numbers"] | numbers)
 
 
-# A row holds: prefix and names of its tensors (several parts: one fused tensor, rows in that order); numbers, the
-# defaults of transformers' configuration class for absent keys; biased, the parts with a bias whatever the config
-# says; must, keys with the one value we support; also, keys read by a lambda or without effect up to `context`
-# tokens; buffers, tensors that are no weights. What neither file nor config shows is a literal with its proof.
+# A row holds: prefix and names of its tensors (several parts: one fused tensor, rows in that order); numbers,
+# the defaults of transformers' configuration class for absent keys; biased, the parts with a bias whatever
+# the config says; must, keys with the one value we support; also, keys read by a lambda or without effect up
+# to `context` tokens; buffers, tensors that are no weights. What neither file nor config shows is a literal
+# with its proof.
 LLAMA = dict(
-    prefix="model.", buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", must=dict(rope_interleaved=False),
+    prefix="model.", buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    must=dict(rope_interleaved=False),
     names={"embed": "embed_tokens", "norm": "norm", "head": "lm_head", "norm1": "layers.{}.input_layernorm",
            "q": "layers.{}.self_attn.q_proj", "k": "layers.{}.self_attn.k_proj",
            "v": "layers.{}.self_attn.v_proj", "o": "layers.{}.self_attn.o_proj",
@@ -93,7 +98,8 @@ LLAMA = dict(
                  attention_bias=False, mlp_bias=False))
 QK_NORM = {"q_norm": "layers.{}.self_attn.q_norm", "k_norm": "layers.{}.self_attn.k_norm"}
 POST_NORMS = {"post1": "layers.{}.post_attention_layernorm", "post2": "layers.{}.post_feedforward_layernorm"}
-MISTRAL = but(LLAMA, numbers=dict(context=131072, kv_heads=8, inner=14336, window=4096), slides=lambda i, raw: True)
+MISTRAL = but(LLAMA, numbers=dict(context=131072, kv_heads=8, inner=14336, window=4096),
+              slides=lambda i, raw: True)
 QWEN2 = but(
     LLAMA, numbers=dict(vocab=151936, context=32768, kv_heads=32, inner=22016, window=4096),
     biased="q k v",  # Qwen2Attention: bias=True for q, k, v and False for o; no key says so
@@ -109,28 +115,28 @@ PHI3 = but(
     numbers=dict(vocab=32064, context=4096, width=3072, inner=8192, eps=1e-5, window=None),
     slides=lambda i, raw: True, also="original_max_position_embeddings")
 GEMMA = but(
-    LLAMA, numbers=dict(vocab=256000, context=8192, width=3072, layers=28, heads=16, kv_heads=16, head_dim=256,
-                        inner=24576, act="gelu_pytorch_tanh", tied=True),
+    LLAMA, numbers=dict(vocab=256000, context=8192, width=3072, layers=28, heads=16, kv_heads=16,
+                        head_dim=256, inner=24576, act="gelu_pytorch_tanh", tied=True),
     must=dict(use_bidirectional_attention=False),
     plus_one=True,     # GemmaRMSNorm multiplies by 1 + weight, in float32
     embed_scale=True,  # GemmaModel: embeddings times sqrt(width), a factor rounded to the activations' dtype
-    act_means={"gelu": "gelu_pytorch_tanh"})  # early files say gelu, the weights mean tanh: transformers #29402
+    act_means={"gelu": "gelu_pytorch_tanh"})  # early files say gelu, mean tanh: transformers #29402
 GEMMA2 = but(
     GEMMA, names=POST_NORMS | {"norm2": "layers.{}.pre_feedforward_layernorm"},
-    numbers=dict(width=2304, layers=26, heads=8, kv_heads=4, inner=9216, scale=256, attn_cap=50.0, logit_cap=30.0,
-                 window=4096), slides=lambda i, raw: i % 2 == 0)
+    numbers=dict(width=2304, layers=26, heads=8, kv_heads=4, inner=9216, scale=256, attn_cap=50.0,
+                 logit_cap=30.0, window=4096), slides=lambda i, raw: i % 2 == 0)
 GEMMA3 = but(
     GEMMA2, names=QK_NORM, numbers=dict(vocab=262208, context=131072, attn_cap=None, logit_cap=None, base=1e6,
                                         local_base=1e4),  # blocks with a window turn at a base of their own
-    slides=lambda i, raw: (i + 1) % raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6)) > 0,
+    slides=lambda i, raw: (i + 1) % (raw.get("sliding_window_pattern") or 6) > 0,
     also="sliding_window_pattern _sliding_window_pattern")
 GPT2 = dict(
     prefix="transformer.", buffers=r"h\.\d+\.attn\.(masked_)?bias", layer_norm=True, biased="q k v o up down",
     names={"embed": "wte", "pos": "wpe", "norm": "ln_f", "head": "lm_head", "norm1": "h.{}.ln_1",
            "q k v": "h.{}.attn.c_attn", "o": "h.{}.attn.c_proj", "norm2": "h.{}.ln_2", "up": "h.{}.mlp.c_fc",
            "down": "h.{}.mlp.c_proj"},
-    numbers=dict(vocab=50257, context=1024, width=768, layers=12, heads=12, inner=None, act="gelu_new", eps=1e-5,
-                 tied=True),
+    numbers=dict(vocab=50257, context=1024, width=768, layers=12, heads=12, inner=None, act="gelu_new",
+                 eps=1e-5, tied=True),
     must=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
     transposed=True)  # Conv1D keeps its matrices (in, out)
 GPT_NEO = but(
@@ -145,10 +151,11 @@ GPT_NEO = but(
 QWEN = but(  # first generation: QWenAttention and QWenMLP in the repositories' own modeling_qwen.py
     GPT2, names={"pos": None, "gate": "h.{}.mlp.w2", "up": "h.{}.mlp.w1"},
     buffers=r"(h\.\d+\.attn\.)?rotary_emb\.inv_freq", biased="q k v", layer_norm=False, transposed=False,
-    numbers=dict(vocab=151936, width=4096, layers=32, heads=32, head_dim=128, inner=22016, act="silu", eps=1e-6,
-                 tied=False, context=8192, base=1e4, fraction=1.0),
+    numbers=dict(vocab=151936, width=4096, layers=32, heads=32, head_dim=128, inner=22016, act="silu",
+                 eps=1e-6, tied=False, context=8192, base=1e4, fraction=1.0),
     context_key="seq_length",  # up to here logn attention and dynamic NTK are the identity; we take no more
-    also="max_position_embeddings use_logn_attn use_dynamic_ntk use_flash_attn bf16 fp16 fp32 softmax_in_fp32",
+    also="max_position_embeddings use_logn_attn use_dynamic_ntk use_flash_attn bf16 fp16 fp32 onnx_safe "
+         "softmax_in_fp32",
     must=dict(no_bias=True, scale_attn_weights=True, use_cache_quantization=False, use_cache_kernel=False),
     halved=True)  # intermediate_size counts w1 and w2 together
 GPT_NEOX = but(
@@ -157,10 +164,10 @@ GPT_NEOX = but(
            "norm1": "layers.{}.input_layernorm", "q k v": "layers.{}.attention.query_key_value",
            "o": "layers.{}.attention.dense", "norm2": "layers.{}.post_attention_layernorm",
            "up": "layers.{}.mlp.dense_h_to_4h", "down": "layers.{}.mlp.dense_4h_to_h"},
-    numbers=dict(vocab=50432, context=2048, width=6144, layers=44, heads=64, inner=24576, act="gelu", tied=False,
-                 base=1e4, fraction=0.25, parallel=True, attention_bias=True),
+    numbers=dict(vocab=50432, context=2048, width=6144, layers=44, heads=64, inner=24576, act="gelu",
+                 tied=False, base=1e4, fraction=0.25, parallel=True, attention_bias=True),
     biased="up down", must={}, transposed=False,
-    per_head=True)  # GPTNeoXAttention views its fused rows as (H, 3 D) before it splits: (H, 3, D), not (3, H, D)
+    per_head=True)  # GPTNeoXAttention views fused rows as (H, 3 D) before it splits: (H, 3, D), not (3, H, D)
 OPT = but(
     GPT2, prefix="model.decoder.", buffers=r"(?!)",
     names={"embed": "embed_tokens", "pos": "embed_positions", "norm": "final_layer_norm",
@@ -172,8 +179,9 @@ OPT = but(
     biased="", also="word_embed_proj_dim", transposed=False,
     must=dict(do_layer_norm_before=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
     pos_offset=2)  # OPTLearnedPositionalEmbedding: two rows stand before that of position 0
-FAMILIES = dict(gpt2=GPT2, gpt_neo=GPT_NEO, gpt_neox=GPT_NEOX, opt=OPT, llama=LLAMA, mistral=MISTRAL, qwen=QWEN,
-                qwen2=QWEN2, qwen3=QWEN3, gemma=GEMMA, gemma2=GEMMA2, gemma3_text=GEMMA3, olmo2=OLMO2, phi3=PHI3)
+FAMILIES = dict(gpt2=GPT2, gpt_neo=GPT_NEO, gpt_neox=GPT_NEOX, opt=OPT, llama=LLAMA, mistral=MISTRAL,
+                qwen=QWEN, qwen2=QWEN2, qwen3=QWEN3, gemma=GEMMA, gemma2=GEMMA2, gemma3_text=GEMMA3,
+                olmo2=OLMO2, phi3=PHI3)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ class Config:
     eps: float
     tied: bool                     # the head is the embedding
     biased: frozenset              # the linear parts that have a bias
-    windows: tuple                 # per block: how many tokens a token sees, itself included; None: all before it
+    windows: tuple                 # per block: tokens a token sees, itself included; None: all before it
     rope: tuple | None             # (base, rotated channels, scaling); None: learned positions
     local_rope: tuple | None       # the same for the blocks with a window
     scale: float                   # of the attention scores
@@ -202,7 +210,8 @@ class Config:
 
 
 def configure(raw: dict) -> Config:
-    """config.json -> Config. LoadError for an unknown family, an unknown non-null key, a value not supported."""
+    """config.json -> Config. LoadError for an unknown family, an unknown non-null key, a value not
+    supported."""
     family = raw.get("model_type")
     if raw.get("quantization_config"):
         raise LoadError("config.json: quantised checkpoints are refused, use the full-precision one")
@@ -228,7 +237,8 @@ def resolve(raw: dict, row: dict) -> dict:
         known |= set(keys)
     check_keys(raw, row, known)
     if n["act"] not in ACTIVATIONS:
-        raise LoadError(f"config.json: activation {n['act']!r} is not supported, only {', '.join(ACTIVATIONS)}")
+        raise LoadError(f"config.json: activation {n['act']!r} is not supported, only "
+                        f"{', '.join(ACTIVATIONS)}")
     n["kv_heads"] = n.get("kv_heads") or n["heads"]
     n["head_dim"] = n.get("head_dim") or n["width"] // n["heads"]
     n["inner"] = (n["inner"] or 4 * n["width"]) // (2 if row.get("halved") else 1)
@@ -258,7 +268,7 @@ def windows(raw: dict, row: dict, layers: int, width: int | None) -> tuple:
     """Per block its sliding window or None."""
     kinds = raw.get("layer_types")
     if kinds and (len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}):
-        raise LoadError(f"config.json: layer_types must give full_attention or sliding_attention {layers} times")
+        raise LoadError(f"config.json: layer_types must give {layers} x full_attention or sliding_attention")
     if not width or not raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", "")):
         return (None,) * layers
     return tuple(width if (kinds[i] == "sliding_attention" if kinds else row["slides"](i, raw)) else None
@@ -266,8 +276,8 @@ def windows(raw: dict, row: dict, layers: int, width: int | None) -> tuple:
 
 
 def rotary(raw: dict, kind: str, base: float, fraction: float, head_dim: int) -> tuple:
-    """(base, rotated channels, scaling), from rope_parameters as transformers 5 writes it or from rope_scaling, which
-    is for the blocks without a window."""
+    """(base, rotated channels, scaling), from rope_parameters as transformers 5 writes it or from
+    rope_scaling, which is for the blocks without a window."""
     p = raw.get("rope_parameters") or {"full_attention": raw.get("rope_scaling")}
     p = dict((p.get(kind) or {}) if p.keys() & {"full_attention", "sliding_attention"} else p)
     base, fraction = p.pop("rope_theta", base), p.pop("partial_rotary_factor", fraction)
@@ -275,12 +285,14 @@ def rotary(raw: dict, kind: str, base: float, fraction: float, head_dim: int) ->
     needs = {"default": [], "linear": ["factor"], "llama3": ["factor", "high_freq_factor", "low_freq_factor",
                                                              "original_max_position_embeddings"]}
     if scaling not in needs or sorted(p) != needs[scaling]:
-        raise LoadError(f"config.json: RoPE scaling {scaling!r} with {sorted(p)} is not supported, only {needs}")
+        raise LoadError(f"config.json: RoPE scaling {scaling!r} with {sorted(p)} is not supported, only "
+                        f"{needs}")
     return float(base), int(head_dim * fraction), tuple(sorted(p.items()))
 
 
 def tensors(c: Config):
-    """Yields (name in the file, canonical names, their shapes) for every tensor that this configuration must have."""
+    """Yields (name in the file, canonical names, their shapes) for every tensor that this configuration must
+    have."""
     row, q, k = FAMILIES[c.family], c.heads * c.head_dim, c.kv_heads * c.head_dim
     wide = row.get("wide_qk_norm")
     shapes = dict(embed=(c.vocab, c.width), pos=(c.context + row.get("pos_offset", 0), c.width),
@@ -291,22 +303,22 @@ def tensors(c: Config):
         parts = joined.split()
         biased = parts[0] in c.biased or (row.get("layer_norm") and parts[0].startswith("norm"))
         for i in range(c.layers) if "{}" in template else [None]:
-            for kind in ["weight", "bias"] if biased else ["weight"] if joined != "head" or not c.tied else []:
+            for kind in ["weight", "bias"] if biased else [] if joined == "head" and c.tied else ["weight"]:
                 sizes = [shapes.get(part, (c.width,)) for part in parts]
                 yield (f"{template.format(i)}.{kind}",
                        [f"{part}.{kind}" if i is None else f"layers.{i}.{part}.{kind}" for part in parts],
                        sizes if kind == "weight" else [size[:1] for size in sizes])
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
           "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken"]
 
 
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
-    """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer); matrices in
-    dtype, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
+    """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer);
+    matrices in dtype, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
     folder = find(str(source))
     try:
         raw = read_json(folder / "config.json")
@@ -314,14 +326,15 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
         params, ignored = read_params(config, tensor_files(folder), device, dtype)
         tokenizer = Tokenizer(folder, config.family)
         if tokenizer.size > config.vocab:
-            raise LoadError(f"the tokenizer has {tokenizer.size} ids, the embedding {config.vocab} rows: they do not "
-                            "belong together")
+            raise LoadError(f"the tokenizer has {tokenizer.size} ids, the embedding {config.vocab} rows: "
+                            "they do not belong together")
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     model = Transformer(config, params)
     model.raw, model.folder, model.revision = raw, folder, None if Path(source).is_dir() else folder.name
-    print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} head, "
-          f"{sum(p.numel() for p in params.values()) / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
+    count = sum(p.numel() for p in params.values()) / 1e6
+    print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
+          f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
     return model, tokenizer
 
 
@@ -337,7 +350,8 @@ def find(source: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=WANTED))
     except Exception as error:  # they come from three libraries and share no base class
         line = next(iter(str(error).strip().splitlines()), "")
-        raise LoadError(f"{source}: no such directory, and the hub gives {type(error).__name__}: {line}") from None
+        raise LoadError(f"{source}: no such directory, and the hub gives {type(error).__name__}: "
+                        f"{line}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -369,7 +383,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             raise LoadError(f"{index.name}: weight_map must give plain file names in the same directory")
         files = [folder / file for file in sorted(set(mapped.values()))]
     elif not files[0].is_file():
-        raise LoadError("no model.safetensors there (pickle checkpoints are refused: convert them to safetensors)")
+        raise LoadError("no model.safetensors there (pickle checkpoints are refused: convert to safetensors)")
     found = {}
     for path in files:
         with open_tensors(path) as file:
@@ -385,15 +399,15 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     with open_tensors(path) as file:
         x = file.get_tensor(name)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise LoadError(f"tensor {name} is {x.dtype}: quantised checkpoints are refused, use the full-precision one")
+        raise LoadError(f"tensor {name} is {x.dtype}: quantised checkpoints are refused, use full precision")
     if not math.isfinite(x.sum(dtype=torch.float64)):
         raise LoadError(f"tensor {name} holds NaN or infinity: {path.name} is damaged, download it again")
     return x
 
 
 def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[str, torch.Tensor], int]:
-    """All parameters under canonical names, and how many tensors were ignored. Every tensor of the files is consumed
-    once or is a known buffer; every expected one is there with its shape."""
+    """All parameters under canonical names, and how many tensors were ignored. Every tensor of the files is
+    consumed once or is a known buffer; every expected one is there with its shape."""
     row, params = FAMILIES[c.family], {}
     left = {name.removeprefix(row["prefix"]): (path, name) for name, path in files.items()}
     if len(left) != len(files):
@@ -445,18 +459,19 @@ def export(c: Config, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return out
 
 
-# ---- the network -----------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------
 
 class Batch:
-    """How packed sequences attend. tree: (P,) int64 or None, the branch each token is on, 0 = trunk: a token sees
-    those before it in its sequence that are on the trunk or on its own branch, and its position counts them.
-    kinds: the (window, explicit mask?) pairs needed. Neighbours of equal length form a run."""
+    """How packed sequences attend. tree: (P,) int64 or None, the branch each token is on, 0 = trunk: a token
+    sees those before it in its sequence that are on the trunk or on its own branch, and its position counts
+    them. kinds: the (window, explicit mask?) pairs needed. Neighbours of equal length form a run."""
 
     def __init__(self, lengths: list[int], tree, kinds: set, device):
         self.runs = [(len(list(same)), T) for T, same in itertools.groupby(lengths)]
         self.sizes = [B * T for B, T in self.runs]
         positions, self.masks = [], {kind: [] for kind in kinds}
-        for (B, T), branch in zip(self.runs, itertools.repeat(None) if tree is None else tree.split(self.sizes)):
+        branches = itertools.repeat(None) if tree is None else tree.split(self.sizes)
+        for (B, T), branch in zip(self.runs, branches):
             at = torch.arange(T, device=device)  # (T,)
             sees = at[:, None] >= at  # (T, T)
             if branch is not None:
@@ -471,7 +486,8 @@ class Batch:
         self.position = torch.cat(positions)  # (P,)
 
     def attend(self, q, k, v, kind, scale, cap):
-        """q (P, H, D), k and v (P, K, D) -> (P, H * D). No mask: causal; a mask is True where a token may look."""
+        """q (P, H, D), k and v (P, K, D) -> (P, H * D). No mask: causal; a mask is True where a token may
+        look."""
         out = []
         for (B, T), mask, *qkv in zip(self.runs, self.masks[kind], *(x.split(self.sizes) for x in (q, k, v))):
             q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (B, H, T, D)
@@ -487,8 +503,9 @@ class Batch:
 def rope_table(rope: tuple, position):
     """cos and sin, each (P, 1, R) float32 for R rotated channels; sin is negative in its first half."""
     base, rotated, scaling = rope[0], rope[1], dict(rope[2])
-    frequency = 1.0 / base ** (torch.arange(0, rotated, 2, device=position.device).float() / rotated)  # (R / 2,)
-    if "low_freq_factor" in scaling:  # llama3: slow turns are slowed further, fast ones kept, between them a blend
+    channel = torch.arange(0, rotated, 2, device=position.device).float()  # (R / 2,)
+    frequency = 1.0 / base ** (channel / rotated)
+    if "low_freq_factor" in scaling:  # llama3: slow turns are slowed further, fast ones kept, or a blend
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -508,9 +525,10 @@ def rotate(x, cos, sin):
 
 
 class Transformer:
-    """A checkpoint: config, params (canonical name -> tensor), device, dtype; from load also raw (config.json),
-    folder, revision (the hub's commit; None for a directory). Nothing here changes params."""
-    raw, folder, revision, recompute = None, None, None, False  # recompute: activation checkpointing, block by block
+    """A checkpoint: config, params (canonical name -> tensor), device, dtype; from load also raw
+    (config.json), folder, revision (the hub's commit; None for a directory). Nothing here changes params."""
+    raw, folder, revision = None, None, None
+    recompute = False  # activation checkpointing, block by block
 
     def __init__(self, config: Config, params: dict[str, torch.Tensor]):
         self.config, self.params = config, params
@@ -523,7 +541,7 @@ class Transformer:
             return x
         if bias is not None:
             return F.layer_norm(x.float(), weight.shape, weight, bias, self.config.eps).to(x.dtype)
-        size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)  # F.rms_norm's backward is twice as slow on CPU
+        size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)  # on CPUs F.rms_norm is half as fast
         return (x * torch.rsqrt(size * size / len(weight) + self.config.eps) * weight).to(x.dtype)
 
     def linear(self, x, name):
@@ -533,7 +551,8 @@ class Transformer:
         return y
 
     def heads(self, x, name):
-        """(P, H * D) -> (P, H, D), normed over what the gain of q_norm or k_norm spans: one head, or all together."""
+        """(P, H * D) -> (P, H, D), normed over what the gain of q_norm or k_norm spans: one head, or all
+        together."""
         gain = self.params.get(name + ".weight")
         x = x if gain is None else self.norm(x.view(len(x), -1, len(gain)), name)
         return x.reshape(len(x), -1, self.config.head_dim)
@@ -567,16 +586,16 @@ class Transformer:
 
     def packed(self, tokens, lengths: list[int], layers: Sequence[int | None] = (None,), tree=None,
                keep=None) -> list[torch.Tensor]:
-        """tokens (P,) int64, sequences end to end -> one (P, C) per entry of layers: None = after the final norm,
-        i = the residual stream after block i (0 = embeddings). keep: indices of the tokens whose states are wanted,
-        instead of all P. tree: see Batch. ValueError for a sequence longer than the context."""
+        """tokens (P,) int64, sequences end to end -> one (P, C) per entry of layers: None = after the final
+        norm, i = the residual stream after block i (0 = embeddings). keep: indices of the tokens whose states
+        are wanted, instead of all P. tree: see Batch. ValueError for a sequence longer than the context."""
         c, row = self.config, FAMILIES[self.config.family]
         assert tokens.shape == (sum(lengths),) and min(lengths) > 0, "sequences end to end, none empty"
         kinds = [(window, c.attn_cap is not None) for window in c.windows]
         batch = Batch(lengths, tree, set(kinds), tokens.device)
         if max(lengths) > c.context and int(batch.position.max()) >= c.context:
-            raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the context of "
-                             f"{c.context}")
+            raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the "
+                             f"context of {c.context}")
         x = F.embedding(tokens, self.params["embed.weight"])  # (P, C)
         if row.get("embed_scale"):
             x = x * torch.tensor(c.width ** 0.5, dtype=x.dtype)
@@ -607,10 +626,10 @@ class Transformer:
         return y if cap is None else cap * torch.tanh(y / cap)
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{i}|>" for i in range(205)]
 
 
@@ -624,7 +643,7 @@ class Tokenizer:
                 self.backend = Backend.from_file(str(folder / "tokenizer.json"))
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-                merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+                merges = [tuple(line.split(" ")) for line in lines if line and line[:8] != "#version"]
                 self.backend = byte_level(read_json(folder / "vocab.json"), merges, family.startswith("qwen"))
                 add_special(self.backend, folder)
             elif (folder / "qwen.tiktoken").is_file():
@@ -667,7 +686,8 @@ def add_special(backend, folder: Path) -> None:
     from tokenizers import AddedToken, processors
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
-    for place, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+    added = settings.get("added_tokens_decoder") or {}
+    for place, token in sorted(added.items(), key=lambda item: int(item[0])):
         backend.add_tokens([AddedToken(**{k: v for k, v in token.items() if k != "__type"})])
         if backend.token_to_id(token["content"]) != int(place):
             raise LoadError(f"{path.name} gives {token['content']!r} the id {place}, vocab.json another")
@@ -687,8 +707,9 @@ def byte_letters() -> dict[int, str]:
 
 
 def from_ranks(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """qwen.tiktoken (base64 token, rank) -> vocabulary and merges. There two neighbours merge when together they are
-    a token, lowest rank first; so every split of a token into two tokens is a merge of that token's rank."""
+    """qwen.tiktoken (base64 token, rank) -> vocabulary and merges. There two neighbours merge when together
+    they are a token, lowest rank first; so every split of a token into two tokens is a merge of that token's
+    rank."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks, letter = {base64.b64decode(token): int(rank) for token, rank in lines}, byte_letters()
     text = {token: "".join(letter[b] for b in token) for token in ranks}
@@ -697,7 +718,7 @@ def from_ranks(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {text[token]: rank for token, rank in ranks.items()}, merges
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 BATCH_TOKENS = 2048  # enough for a few CPU cores, few enough for their cache; a GPU wants more
 
@@ -739,7 +760,8 @@ def pack(sequences: Sequence[list[int]], device) -> tuple[torch.Tensor, list[int
 @torch.no_grad()
 def hidden_at(model: Transformer, sequences: list[list[int]], position="last", layer: int | None = None,
               batch_tokens: int = BATCH_TOKENS) -> torch.Tensor:
-    """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C), input order."""
+    """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C), input
+    order."""
     at = [len(s) - 1 for s in sequences] if position == "last" else list(position)
     out = torch.empty(len(sequences), model.config.width, dtype=model.dtype, device=model.device)
 
@@ -755,10 +777,10 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
 
 class Reading(NamedTuple):
     """What one pass over Q questions gives, in input order."""
-    loglik: torch.Tensor         # (Q, O) float64, sum of log p(token | before) over an option; -inf: no such option
+    loglik: torch.Tensor         # (Q, O) float64, sum of log p(token | before); -inf: no such option
     option_tokens: torch.Tensor  # (Q, O) int64
     prompt: torch.Tensor         # (Q, n, C) state at the prompt's last token
-    item: torch.Tensor           # (Q, n, C) state at the last token of option pick[q]; pick -1: the prompt's last
+    item: torch.Tensor           # (Q, n, C) state at the last token of option pick[q], or the prompt's for -1
 
 
 @torch.no_grad()
@@ -784,7 +806,8 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
                 target += range(at, at + len(option))
                 at += len(option)
                 ends[-1].append(at - 1)
-        final, *states = model.packed(tokens, lengths, (None, *layers), torch.tensor(tree, device=model.device))
+        tree = torch.tensor(tree, device=model.device)
+        final, *states = model.packed(tokens, lengths, (None, *layers), tree)
         scores = log_likelihood(model, final, before, tokens[target]).double().cpu()
         scores = iter(scores.split([len(option) for q in rows for option in options[q]]))
         for q, end in zip(rows, ends):
@@ -798,8 +821,9 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
 
 
 def log_likelihood(model: Transformer, x, before: list[int], target, cells: int = 2 ** 25) -> torch.Tensor:
-    """log p(target[n] | everything up to token before[n]) in float32, (n,), from final states x (P, C). At most
-    `cells` logits exist at a time, and each state gets its own once: the end of a prompt serves all options."""
+    """log p(target[n] | everything up to token before[n]) in float32, (n,), from final states x (P, C). At
+    most `cells` logits exist at a time, and each state gets its own once: the end of a prompt serves all
+    options."""
     where, back = torch.unique(torch.tensor(before, device=x.device), return_inverse=True)
     out, step = torch.empty(len(before), device=x.device), max(1, cells // model.config.vocab)
     for a in range(0, len(where), step):
@@ -810,15 +834,16 @@ def log_likelihood(model: Transformer, x, before: list[int], target, cells: int 
     return out
 
 
-# ---- finetuning ------------------------------------------------------------------------------------------------
+# ---- finetuning --------------------------------------------------------------------------------------------
 
 TRAIN_TOKENS = 8192  # of a micro-batch
 SAVE_SECONDS = 300.0  # between two saves of a resumable run
 
 
 class Classifier:
-    """A model, the tensors finetuning put in place of its own or beside them (LoRA), and the head classifier.weight
-    (2, C) on the final state of the last token [D8]. Classifier(model, c.state()) is c again, bit for bit."""
+    """A model, the tensors finetuning put in place of its own or beside them (LoRA), and the head
+    classifier.weight (2, C) on the final state of the last token [D8]. Classifier(model, c.state()) is c
+    again, bit for bit."""
 
     def __init__(self, model: Transformer, state: dict[str, torch.Tensor]):
         self._state = {name: x.to(model.device) for name, x in state.items()}
@@ -835,22 +860,25 @@ class Classifier:
         return F.linear(x.float(), self._state["classifier.weight"]).softmax(-1)[:, 1].cpu()
 
     def save(self, folder: str) -> None:
-        """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has one."""
+        """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has
+        one."""
         params = dict(self.model.params)
         for stem in [name.removesuffix(".lora_a") for name in params if name.endswith(".lora_a")]:
             delta = params[stem + ".lora_b"].float() @ params[stem + ".lora_a"].float()
             params[stem + ".weight"] = (params[stem + ".weight"].float() + delta).to(self.model.dtype)
         files = export(self.model.config, params) | {"score.weight": params["classifier.weight"].cpu()}
-        raw = {key: value for key, value in self.model.raw.items() if key not in ("architectures", "auto_map")}
+        raw = {k: v for k, v in self.model.raw.items() if k not in ("architectures", "auto_map")}
+        raw["id2label"] = {"0": "no", "1": "yes"}
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(files, Path(folder) / "model.safetensors", {"format": "pt"})
-        (Path(folder) / "config.json").write_text(json.dumps(raw | {"id2label": {"0": "no", "1": "yes"}}, indent=1))
+        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=1))
 
 
 def trainable(model: Transformer, tune: str, rank: int, head_init: str, generator) -> dict[str, torch.Tensor]:
     """The tensors that Adam owns: float32 copies, whatever the model's dtype."""
     if tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
-        raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and zero or normal")
+        raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and zero "
+                         "or normal")
     noise = torch.randn(2, model.config.width, generator=generator) / model.config.width ** 0.5
     out = {"classifier.weight": noise if head_init == "normal" else torch.zeros_like(noise)}
     for name, x in model.params.items():
@@ -863,19 +891,21 @@ def trainable(model: Transformer, tune: str, rank: int, head_init: str, generato
     return {name: x.to(model.device).requires_grad_() for name, x in out.items()}
 
 
-def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: float, epochs: int = 2, batch: int = 32,
-             seed: int, tune: str = "full", target_fn: Callable | None = None, batch_tokens: int = TRAIN_TOKENS,
-             rank: int = 8, lora_alpha: float = 16.0, checkpoint: bool = False, progress: Callable | None = None,
-             head_init: str = "zero", save=None) -> Classifier:
-    """Soft-label cross-entropy against targets (N,) = P(y = 1): Adam, no weight decay, cosine to 0 over all steps, no
-    warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). The model is not modified.
+def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: float, epochs: int = 2,
+             batch: int = 32, seed: int, tune: str = "full", target_fn: Callable | None = None,
+             batch_tokens: int = TRAIN_TOKENS, rank: int = 8, lora_alpha: float = 16.0,
+             checkpoint: bool = False, progress: Callable | None = None, head_init: str = "zero",
+             save=None) -> Classifier:
+    """Soft-label cross-entropy against targets (N,) = P(y = 1): Adam, no weight decay, cosine to 0 over all
+    steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). The model is not
+    modified.
 
-    target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the given
-    w (B,), and the fraction of steps done. Micro-batches hold at most batch_tokens tokens and halve when memory runs
-    out; gradients are always the whole batch's. tune: full, lora (all linear maps) or head. checkpoint: recompute
-    activations. progress(step, steps, loss) follows each step. save: a file with the state of the run, rewritten now
-    and then; the same call goes on from it to the same bits, and whoever gave it removes it. TrainError for a loss
-    that is not finite or a sequence that does not fit into memory."""
+    target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the
+    given w (B,), and the fraction of steps done. Micro-batches hold at most batch_tokens tokens and halve
+    when memory runs out; gradients are always the whole batch's. tune: full, lora (all linear maps) or head.
+    checkpoint: recompute activations. progress(step, steps, loss) follows each step. save: a file with the
+    state of the run, rewritten now and then; the same call goes on from it to the same bits, and whoever gave
+    it removes it. TrainError for a loss that is not finite or a sequence that does not fit into memory."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(sequences), generator=generator).split(batch) for _ in range(epochs)]
     steps = [rows.tolist() for order in orders for rows in order]
@@ -901,17 +931,19 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
         lengths = [len(sequences[i]) for i in rows]
         while loss is None:
             try:
-                loss = gradients(logits, rows, lengths, given[rows], target_fn, step / len(steps), batch_tokens)
+                loss = gradients(logits, rows, lengths, given[rows], target_fn, step / len(steps),
+                                 batch_tokens)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 if batch_tokens < max(lengths):
-                    raise TrainError(f"out of memory at step {step + 1} with one sequence of {max(lengths)} tokens: "
-                                     "tune less (lora, head) or recompute activations") from None
+                    raise TrainError(f"out of memory at step {step + 1} with one sequence of {max(lengths)} "
+                                     "tokens: tune less (lora, head) or recompute activations") from None
                 batch_tokens = min(batch_tokens, sum(lengths)) // 2
                 adam.zero_grad()  # the step starts again from nothing
         if not math.isfinite(loss):
-            raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): lower it")
+            raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
+                             "lower it")
         adam.step()
         adam.zero_grad()
         if progress:
@@ -919,7 +951,8 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
         if save and time.monotonic() - saved_at > SAVE_SECONDS:
             suspend(save, trained, adam, step + 1)
             saved_at = time.monotonic()
-    return Classifier(model, {k: x.detach().clone() for k, x in seen(model, trained, lora_alpha / rank).items()})
+    final = seen(model, trained, lora_alpha / rank)
+    return Classifier(model, {name: x.detach().clone() for name, x in final.items()})
 
 
 def seen(model: Transformer, trained: dict, scale: float) -> dict[str, torch.Tensor]:
@@ -931,7 +964,8 @@ def seen(model: Transformer, trained: dict, scale: float) -> dict[str, torch.Ten
 
 def gradients(logits: Callable, rows: list[int], lengths: list[int], w, target_fn, fraction: float,
               budget: int) -> float:
-    """Adds the gradients of a batch's mean cross-entropy against w (B,), one backward per micro-batch; the loss."""
+    """Adds the gradients of a batch's mean cross-entropy against w (B,), one backward per micro-batch; the
+    loss."""
     micro, p, total = batches(lengths, budget), torch.empty_like(w), 0.0  # micro: indices into rows
     if target_fn and len(micro) > 1:  # the targets need p of the whole batch before any gradient
         with torch.no_grad():
@@ -958,7 +992,7 @@ def checksum(file: dict[str, torch.Tensor]) -> str:
 
 
 def suspend(path, trained: dict, adam, step: int) -> None:
-    """Where a run stands: weights, Adam's two moments, steps done; order and learning rate follow from those."""
+    """Where a run stands: weights, Adam's moments, steps done; order and learning rate follow from those."""
     file = {"w." + name: x.detach() for name, x in trained.items()}
     for name, x in trained.items():
         file |= {"m." + name: adam.state[x]["exp_avg"], "v." + name: adam.state[x]["exp_avg_sq"]}
@@ -975,11 +1009,13 @@ def resume(path, trained: dict, adam) -> int:
             meta, file = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
     except (LoadError, SafetensorError):
         return 0
-    if checksum(file) != meta.get("crc32") or set(file) != {f"{kind}.{name}" for kind in "wmv" for name in trained}:
+    names = {f"{kind}.{name}" for kind in "wmv" for name in trained}
+    if checksum(file) != meta.get("crc32") or set(file) != names:
         return 0
     for name, x in trained.items():
         with torch.no_grad():
             x.copy_(file["w." + name])
-        moments = {key: file[f"{kind}.{name}"].to(x.device) for key, kind in (("exp_avg", "m"), ("exp_avg_sq", "v"))}
-        adam.state[x] = {"step": torch.tensor(float(meta["step"]), device=x.device), **moments}
+        adam.state[x] = {"step": torch.tensor(float(meta["step"]), device=x.device),
+                         "exp_avg": file["m." + name].to(x.device),
+                         "exp_avg_sq": file["v." + name].to(x.device)}
     return int(meta["step"])

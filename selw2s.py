@@ -424,8 +424,9 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
         return {"p": student.predict(ask),
                 "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
     depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask)
-    steps = config.epochs * -(-len(sequences) // config.batch)
-    return stages("finetune", name, depends, compute, steps=steps, tokens=config.epochs * sum(map(len, sequences)))
+    steps, tokens = -(-len(sequences) // config.batch), sum(map(len, sequences))
+    return stages("finetune", name, depends, compute,
+                  steps=config.epochs * steps, tokens=config.epochs * tokens)
 
 
 def counter(name: str):
@@ -836,7 +837,8 @@ def fit(task, sides, config: Config, tell):
     seen = {q.group for q in task.test} if config.protocol == "paper" else ()
     train = [q for q in task.train if q.group not in seen]
     if len(train) < len(task.train):
-        tell(f"data      {len(task.train) - len(train)} train questions left out: test has them or their passage")
+        out = len(task.train) - len(train)
+        tell(f"data      {out} train questions left out: test asks them or has their passage")
     parts = {"train": [cut_one(q) for q in train[:config.limit or None]],
              "test": [cut_one(q) for q in task.test[:config.limit or None]]}
     if shortened:

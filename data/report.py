@@ -401,7 +401,7 @@ def analysis_block(_: str) -> str:
     for a in TASKS:
         cells = (means(cross["analysis"][f"{a} -> {b}"], "auroc", "ece", "accuracy") for b in TASKS)
         lines.append(f"| {a} | " + " | ".join(cells) + " |")
-    lines += ["", "AUROC and ECE on D_u, accuracy of the selective student; means over six seeds. On demo-sciq:",
+    lines += ["", "AUROC and ECE on D_u, accuracy of the selective student; six seeds. On demo-sciq:",
               "", "| P(IK) trained on | AUROC on easy items | AUROC on hard items | selective student |",
               "|---|---|---|---|"]
     for name, rows in hard["analysis"].items():
@@ -434,7 +434,7 @@ def readme(text: str) -> str:
 
 
 def main() -> None:
-    """python -m data.report [--reference [NAME ...]]: write README.md's generated parts; first make the runs."""
+    """python -m data.report [--reference [NAME ...]]: (make the runs and) write the README."""
     if sys.argv[1:2] == ["--reference"]:
         reference(sys.argv[2:] or REFERENCE)
     path = RESULTS.parent.parent / "README.md"

@@ -183,7 +183,7 @@ def test_parity(variant, reference):
     parity(net, states, grads)
 
 
-# ---- every fact of the table, flipped -----------------------------------------------------------------------------------
+# ---- every fact of the table, flipped ----------------------------------------------------------------------
 
 def change(**fields):
     return lambda net: setattr(net, "config", dataclasses.replace(net.config, **fields))
@@ -315,7 +315,7 @@ def test_mutation(name, reference, monkeypatch):
         parity(net, states, grads)
 
 
-# ---- real files -----------------------------------------------------------------------------------------------------
+# ---- real files --------------------------------------------------------------------------------------------
 
 def shared(*parts):
     path = SHARED.joinpath(*parts)
@@ -415,7 +415,7 @@ def test_bos_of_vocab_and_merges(tmp_path):
     assert tokenizer.encode(["abba"]) == [[3, 2, 1, 0]] and tokenizer.encode(["abba"], special=False) == [[2, 1, 0]]
 
 
-# ---- what must be refused ----------------------------------------------------------------------------------------------
+# ---- what must be refused ----------------------------------------------------------------------------------
 
 def tensors(edit):
     def mutate(folder):
@@ -557,7 +557,7 @@ def test_weights_are_loaded_as_stored(tiny, tmp_path):
     assert (a - b).norm() / b.norm() < 0.02  # bfloat16 keeps 8 bits
 
 
-# ---- packing, padding, trees ---------------------------------------------------------------------------------------------
+# ---- packing, padding, trees -------------------------------------------------------------------------------
 
 ODD = ("gpt2", "gpt_neo", "llama", "gemma2", "gemma3_text", "mistral", "olmo2")
 
@@ -639,7 +639,7 @@ def small_memory(real, most):
     return packed
 
 
-# ---- finetuning -----------------------------------------------------------------------------------------------------
+# ---- finetuning --------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def steps(monkeypatch):
@@ -782,7 +782,7 @@ def test_saved_student_loads_in_transformers(variant, reference, tmp_path):
     CLOSE(c.predict(TRAIN["sequences"]), z.softmax(-1)[:, 1], rtol=1e-5, atol=2e-5)
 
 
-# ---- the hub ------------------------------------------------------------------------------------------------------------
+# ---- the hub -----------------------------------------------------------------------------------------------
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download needs. Repositories: org/good, org/cut (the first download of its
