@@ -275,3 +275,15 @@ def test_train_questions_that_test_asks_are_left_out(tiny):
     kept = selw2s.fit(leaky, sides, config, lambda line: None)
     assert {q.group for q in kept.train}.isdisjoint({q.group for q in kept.test})
     assert len(kept.train) == len(task.train) - 2        # both questions of that group
+
+
+# ------------------------------------------------------------------------------------------------------ demo
+@pytest.mark.slow
+def test_demo_shows_weak_naive_selective_ceiling_in_this_order(tmp_path):
+    result = selw2s.run(selw2s.parse(["--out", str(tmp_path)]))
+    accuracy = {name: row["accuracy"] for name, row in result["metrics"]["methods"].items()}
+    assert 0.55 < accuracy["weak"] < accuracy["naive"] < accuracy["selective"] <= accuracy["ceiling"] + 0.02
+    diagnostics = result["seeds"][0]["diagnostics"]
+    assert diagnostics["p_ik"]["test"]["auroc"] > 0.7 and 0.2 < diagnostics["coverage"] < 0.95
+    routed = {name: parts["routed"] for name, parts in diagnostics["label_accuracy"].items()}
+    assert routed["own"] > routed["weak"]               # what the method lives on
