@@ -77,6 +77,8 @@ class Config:
                                "or tau, alpha, k varied", choices=("cross-task", "difficulty", "sweep"))
     difficulty: str = option("weak", "whose loss makes an item hard in --analysis difficulty",
                              choices=("weak", "strong"))
+    keep: str = option("", "save this method's students in Hugging Face layout under <out>/students",
+                       choices=METHOD_NAMES, metavar="METHOD")
     limit: int = option(0, "use at most this many train and this many test questions (0: all)")
     device: str = option("cpu", "cpu, cuda, cuda:1 ...")
     dtype: str = option("float32", "dtype of the pretrained weights",
@@ -141,7 +143,7 @@ from data import DEMO, OFFICIAL, DataError, completion, halves, items, load_task
 from data.report import accuracy, auroc, brier, cross_entropy, diagnose, ece, figures, pgr  # noqa: F401
 from data.report import summarise, table
 from graph import affinity, knn, normalise, propagate
-from model import LoadError, TrainError, finetune, load, read
+from model import Classifier, LoadError, TrainError, finetune, load, read
 
 HERE = Path(__file__).resolve().parent
 
@@ -420,13 +422,20 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
     def compute(unfinished):
         student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name),
                            save=unfinished, **settings)
-        weights = digest(*(t for _, t in sorted(student.state().items())))
-        return {"p": student.predict(ask),
-                "weights": torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)}
-    depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask)
+        state = student.state()
+        weights = bytes.fromhex(digest(*(state[key] for key in sorted(state))))
+        return {"p": student.predict(ask), "weights": torch.tensor(list(weights), dtype=torch.uint8),
+                **({"state." + key: x.cpu() for key, x in state.items()} if kept else {})}
+    kept = name == config.keep
+    depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask, kept)
     steps, tokens = -(-len(sequences) // config.batch), sum(map(len, sequences))
-    return stages("finetune", name, depends, compute,
-                  steps=config.epochs * steps, tokens=config.epochs * tokens)
+    out = stages("finetune", name, depends, compute,
+                 steps=config.epochs * steps, tokens=config.epochs * tokens)
+    if kept:
+        state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
+        folder = f"{Path(config.task).stem}-{name}-seed{seed}"
+        Classifier(side.model, state).save(Path(config.out) / "students" / folder)
+    return out
 
 
 def counter(name: str):

@@ -144,7 +144,8 @@ def growth(repeats):
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         threads = torch.get_num_threads()
         rows = [pool.apply(grown, (n, repeats, threads)) for n in (10_000, 20_000, 40_000, 80_000)]
-    head = {"command": "python tests/bench_graph.py growth", "k": K, "d": 256, "alpha": 0.9, "columns": 2,
+    command = f"python tests/bench_graph.py growth --threads {threads} --repeats {repeats}"
+    head = {"command": command, "k": K, "d": 256, "alpha": 0.9, "columns": 2,
             "threads": threads, "clock": "processor" if threads == 1 else "wall", "repeats": repeats,
             "torch": torch.__version__, "machine": platform.machine(), "rows": rows}
     folder = ROOT / "data" / "results"

@@ -277,6 +277,31 @@ def test_train_questions_that_test_asks_are_left_out(tiny):
     assert len(kept.train) == len(task.train) - 2        # both questions of that group
 
 
+def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
+    from model import Classifier, load
+    from safetensors.torch import load_file
+    flags = ("--methods", "selective", "--keep", "selective")
+    for _ in range(2):                                  # computed, then from the cache
+        result = go(tiny, tmp_path, *flags)
+        folder = tmp_path / "students" / "task-selective-seed0"
+        head = load_file(folder / "model.safetensors")["score.weight"]
+        model, tokenizer = load(tiny[5])
+        whole = {**load_file(folder / "model.safetensors")}
+        del whole["score.weight"]
+        from safetensors.torch import save_file
+        save_file(whole, tmp_path / "model.safetensors")
+        for name in ("config.json", "tokenizer.json"):
+            (tmp_path / name).write_bytes((Path(tiny[5]) / name).read_bytes())
+        student, _ = load(str(tmp_path))
+        task = selw2s.load_task(tiny[1])
+        texts = {i.id: i.text for i in selw2s.items(task.test, protocol="paper", seed=0)}
+        data = arrays(result, tmp_path)
+        p = Classifier(student, {"classifier.weight": head}).predict(
+            tokenizer.encode([texts[i] for i in data["seed0/test/id"]]))
+        np.testing.assert_allclose(p.numpy(), data["seed0/test/p/selective"], atol=1e-6)
+        (folder / "model.safetensors").unlink()
+
+
 # ------------------------------------------------------------------------------------------------------ demo
 @pytest.mark.slow
 def test_demo_shows_weak_naive_selective_ceiling_in_this_order(tmp_path):
