@@ -240,3 +240,50 @@ def test_interrupted_stage_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stages("read", "read", (), lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------- diagnostics
+def diagnosed():
+    """Eight test items, worked out by hand: y, weak p, student p, ceiling p."""
+    y = np.array([1, 1, 1, 1, 0, 0, 0, 0.0])
+    weak = np.array([.9, .6, .2, .1, .1, .4, .8, .9])       # right: 0 1 4 5; doubtful (within 1/4 of 1/2): 1, 5
+    naive = np.array([.8, .9, .1, .6, .2, .8, .9, .4])      # right: 0 1 3 4 7; wrong: 2 5 6
+    ceiling = np.array([.9, .9, .9, .6, .1, .1, .9, .3])    # right: all but 6; known (3/4 sure): 0 1 2 4 5
+    part = {"id": np.arange(8).astype(str), "truth": y, "own": y, "own_p": weak, "own_right": y, "p_ik": weak,
+            "p/weak": weak, "p/naive": naive, "p/ceiling": ceiling}
+    transfer = part | {"weak": weak, "is_self": np.array([True] * 2 + [False] * 6), "refined": naive,
+                       "smoothed_weak": naive, "label/naive": weak}
+    return r.diagnose({"transfer": transfer, "test": part, "homophily": 0.5}, ("weak", "naive", "ceiling"))
+
+
+def test_label_accuracy_by_source_on_routed_and_unrouted_items():
+    d = diagnosed()
+    assert d["coverage"] == 0.25 and d["label_accuracy"]["own"] == {"all": 1, "routed": 1, "unrouted": 1}
+    close(d["label_accuracy"]["weak"]["all"], 4 / 8)
+    close(d["label_accuracy"]["weak"]["routed"], 2 / 2)
+    close(d["label_accuracy"]["weak"]["unrouted"], 2 / 6)
+    close(d["label_accuracy"]["refined"]["unrouted"], 3 / 6)
+
+
+def test_known_and_unknown_imitation_and_misfit_by_hand():
+    naive = diagnosed()["methods"]["naive"]
+    # wrong: 2 (.1, sure, weak .2 sure: imitates), 5 (.8, sure, weak .4 says no), 6 (.9, sure, weak .8 sure: imitates)
+    close(naive["confident_wrong_that_imitate_weak"], 2 / 3, 1e-7)
+    close(naive["errors_strong_knew"], 2 / 3, 1e-7)         # 2 and 5
+    close(naive["blind"], 1 / 2, 1e-7)                      # of 2 and 5, which the ceiling gets right: weak doubts 5
+    assert {key: row["n"] for key, row in naive["known"].items()} == {
+        "known-strong known-weak": 3, "known-strong unknown-weak": 2,
+        "unknown-strong known-weak": 3, "unknown-strong unknown-weak": 0}
+    close(naive["known"]["known-strong known-weak"]["accuracy"], 2 / 3, 1e-7)       # 0 2 4: 2 is wrong
+    assert naive["known"]["unknown-strong unknown-weak"]["accuracy"] is None
+    gain = np.mean([.01 - .04, .16 - .01, .64 - .81, .81 - .16, .01 - .04, .16 - .64, .64 - .81, .81 - .16])
+    misfit = np.mean([.01, .09, .01, .25, .01, .16, .01, .25])
+    close(naive["gain"], gain, 1e-9)
+    close(naive["misfit"], misfit, 1e-9)
+    assert diagnosed()["methods"]["weak"]["misfit"] == 0
+
+
+def test_risk_coverage_orders_by_p_ik():
+    curve = diagnosed()["p_ik"]["test"]["risk_coverage"]
+    assert curve[-1][0] == 1.0 and curve[-1][1] == pytest.approx(0.5)
+    assert curve[0][0] == 1 / 8 and curve[0][1] == 0.0      # the surest question: p .9, the first of two, is right
