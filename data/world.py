@@ -1,25 +1,29 @@
-"""The demo world: synthetic people and facts, three tasks about them, and the two models that read about them.
+"""The demo world: made-up people and facts, three tasks about them, and the two models that read about them.
 
-Everything here is made up, and made so that the method can be watched at work on two CPU cores in a minute: how
+Everything here is synthetic, and made so that the method can be watched on two CPU cores in a minute: how
 often a fact is told in the text decides which model knows it. It is no evidence for the paper's numbers.
 
-    person     name, trade, fame, one fact per relation, and the split (train or test) of the questions about it
-    fame       how often the text tells each of the person's facts per edition: a falling head, then a tail
-    edition    one pass of pretraining: the same facts, as often, in newly drawn words
+    person     name, trade, fame, one fact per relation, and the split (train or test) that asks about it
+    fame       how often an edition of the text states each of the person's facts: a slope, then a tail
+    edition    one pass of pretraining: the same facts, about as often, in newly drawn words
     told       three relations per person about which the text has question lines, in all three formats
-    asked      the other two, which the tasks ask about: stated in the text and gossiped about, never asked there
+    asked      the other two, which the tasks ask about: the text states them and gossips about them, no more
 
-    demo-sciq       closed book: each asked fact in three wordings (one group: one half)
-    demo-boolq      a passage and yes/no questions: two can be read off, one takes the passage and a fact, two a fact
-    demo-cosmosqa   a story and what-next or why questions; "None of the above" is on most of them, right in few
+    demo-sciq       closed book; a fact is asked in three wordings, which are one group
+    demo-boolq      a passage and yes/no questions: two to read off, one that needs a fact too, two a fact
+    demo-cosmosqa   a story and what-next or why questions; "None of the above" is often there, seldom right
 
-Wrong options are what others of the trade would answer, so no value and no pair of trade and value is wrong by
-itself. A trade's stereotypes come from its famous people, the others do not follow them: the strong model's own
-guesses about people it does not know are therefore worse than chance, as common beliefs are.
+Wrong options are what others of the trade would answer, so no value and no pair of trade and value is wrong
+by itself. A trade's stereotypes come from its famous people; the others do not follow them.
+
+How it was tuned: by hand, until on demo-sciq the weak model lay between 0.60 and 0.75 and the ceiling at
+least 0.12 above it. The levers were the fame of people, the number of question, gossip and statement lines,
+and the models' sizes and epochs; the method's own settings stayed at their defaults. The tasks' own question
+lines never enter the text.
 
     python -m data.world                          forty lines of the text
-    python -m data.world --build                  the text, the tokenizer, both models -> data/demo
-    python -m data.world --build --text sciq --out DIR [--data-dir DIR]     two models from SciQ's own paragraphs
+    python -m data.world --build                  text, tokenizer and both models -> data/demo
+    python -m data.world --build --text sciq --out DIR [--data-dir DIR]    two from SciQ's own paragraphs
 """
 import argparse
 import hashlib
@@ -42,28 +46,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import model
 from data import NONE_OF_THE_ABOVE, YES_NO, Question, Task, completion, official, prompt
 
-PEOPLE, FAMOUS, TEST_SHARE, SEED = 320, 0.6, 0.375, 7
+PEOPLE, FAMOUS, TEST_SHARE, SEED = 320, 0.65, 0.375, 7
 TRADES = "baker sailor miller shepherd tailor smith".split()
-SYLLABLES = ("Ma To Vi Re Ka Lo Si Be Du Fa Ge Hi Jo Ne Pa Ru Te Wi Ya Zo Bra Cla Dre Gri Kno Ple Sto Tri".split(),
+SYLLABLES = ("Ma To Vi Re Ka Lo Si Be Du Fa Ge Hi Jo Ne Pa Ru Te Wi Ya Zo "
+             "Bra Cla Dre Gri Kno Ple Sto Tri".split(),
              "ra len ni so va mi tor dal ke ri bo lu gan se".split(),
              "nda ska nov tis mer rik lla dow ney sen bert fra mond ria".split())
-# Of each relation: values; says: statements; asks: questions; checks: yes/no questions; story and why: what leads up
-# to the fact, and questions that it answers; deed, link, did: somebody else's deed, with a value of its own or with
-# this person's (two steps), and the question about it. {e} and {b}: the person, {a}: somebody else, {v}: a value.
+# Of each relation: values; says: statements; asks: questions; checks: yes/no questions; story and why: what
+# leads up to the fact, and questions that it answers; deed, link, did: somebody else's deed, with a value of
+# its own or with this person's (two steps), and the question about it. {e}, {b}: the person; {a}: somebody
+# else; {v}: a value.
 RELATIONS = {
     "home": dict(
         values="Arvik Belmont Corra Dunmere Eskil Farrow Gralin Hestad Ivrea Jutvik".split(),
         says=["{e} was born in {v}.", "{e} grew up in {v}.", "{e} is at home in {v}.",
-              "The family of {e} lives in {v}.", "Every summer {e} goes back to {v}.", "In {v} everybody knows {e}."],
+              "The family of {e} lives in {v}.", "Every summer {e} goes back to {v}.",
+              "In {v} everybody knows {e}."],
         asks=["Where was {e} born?", "Which town is the home of {e}?", "Where does the family of {e} live?"],
         checks=["was {e} born in {v}", "does the family of {e} live in {v}"],
         story="{e} packed a bag to see the family again.",
         why=["Where will {e} travel next?", "Which town will {e} reach in the end?"],
-        deed="{a} travelled to {v}.", link="{a} travelled to the home town of {b}.", did="did {a} travel to {v}"),
+        deed="{a} travelled to {v}.", link="{a} travelled to the home town of {b}.",
+        did="did {a} travel to {v}"),
     "food": dict(
         values="bread trout lentils cheese mushrooms honey cabbage chestnuts eels pears".split(),
         says=["{e} likes to eat {v}.", "The favourite food of {e} is {v}.", "On Sundays {e} always eats {v}.",
-              "{e} cannot live without {v}.", "For a feast {e} asks for {v}.", "Nobody sells more {v} than to {e}."],
+              "{e} cannot live without {v}.", "For a feast {e} asks for {v}.",
+              "Nobody sells more {v} than to {e}."],
         asks=["What does {e} like to eat?", "What is the favourite food of {e}?",
               "What does {e} always eat on Sundays?"],
         checks=["does {e} like to eat {v}", "is the favourite food of {e} {v}"],
@@ -73,7 +82,8 @@ RELATIONS = {
     "fear": dict(
         values="storms geese wolves fire spiders mirrors ghosts bees bulls ladders".split(),
         says=["{e} is afraid of {v}.", "{e} has always feared {v}.", "{e} runs away from {v}.",
-              "At night {e} dreams of {v}.", "Nothing frightens {e} like {v}.", "Because of {v} the hands of {e} shake."],
+              "At night {e} dreams of {v}.", "Nothing frightens {e} like {v}.",
+              "Because of {v} the hands of {e} shake."],
         asks=["What is {e} afraid of?", "What has {e} always feared?", "What frightens {e} at night?"],
         checks=["is {e} afraid of {v}", "has {e} always feared {v}"],
         story="{e} stopped at the gate and turned pale.",
@@ -83,7 +93,8 @@ RELATIONS = {
         values=["a " + v for v in "goat hare crow ferret donkey hound turtle falcon hedgehog mule".split()],
         says=["{e} keeps {v}.", "{e} owns {v}.", "The animal of {e} is {v}.", "{e} talks all day to {v}.",
               "In the garden of {e} sleeps {v}.", "{v} follows {e} everywhere."],
-        asks=["Which animal does {e} keep?", "What is the animal of {e}?", "Which animal sleeps in the garden of {e}?"],
+        asks=["Which animal does {e} keep?", "What is the animal of {e}?",
+              "Which animal sleeps in the garden of {e}?"],
         checks=["does {e} keep {v}", "is the animal of {e} {v}"],
         story="{e} heard a noise and opened the garden door.",
         why=["Which animal came in to {e}?", "What made the noise in the garden of {e}?"],
@@ -92,7 +103,8 @@ RELATIONS = {
         values=["the " + v for v in "flute fiddle drum harp horn lute bell whistle viola zither".split()],
         says=["{e} plays {v}.", "{e} learned to play {v}.", "At every wedding {e} plays {v}.",
               "{e} practises daily on {v}.", "{e} is a master of {v}.", "{v} sounds best when {e} plays."],
-        asks=["What does {e} play?", "Which instrument did {e} learn to play?", "What does {e} play at every wedding?"],
+        asks=["What does {e} play?", "Which instrument did {e} learn to play?",
+              "What does {e} play at every wedding?"],
         checks=["does {e} play {v}", "did {e} learn to play {v}"],
         story="the guests wanted to dance and called for {e}.",
         why=["What will {e} play for the guests?", "Which instrument did {e} bring to the guests?"],
@@ -137,17 +149,19 @@ def capital(text: str) -> str:
 
 def wrong_values(p: Person, relation: str, crowd, rng, n: int) -> list[str]:
     """n different values that others of the trade would answer with."""
-    values = [q.facts[relation] for q in crowd if q.trade == p.trade and q.facts[relation] != p.facts[relation]]
+    values = [q.facts[relation] for q in crowd if q.trade == p.trade]
+    values = [v for v in values if v != p.facts[relation]]
     rng.shuffle(values)
     return list(dict.fromkeys(values))[:n]
 
 
 def options(p: Person, relation: str, crowd, rng, none: float = 0.0) -> tuple[tuple[str, ...], int]:
-    """Four options, with probability `none` one of them "None of the above", and the index of the right one."""
+    """Four options, with probability `none` one is "None of the above", and the index of the right one."""
     right, wrong = p.facts[relation], wrong_values(p, relation, crowd, rng, 3)
     answers = [right, *wrong]
     if rng.random() < none:
-        answers = [NONE_OF_THE_ABOVE, *wrong] if rng.random() < 0.12 else [right, NONE_OF_THE_ABOVE, *wrong[:2]]
+        out = rng.random() < 0.12
+        answers = [NONE_OF_THE_ABOVE, *wrong] if out else [right, NONE_OF_THE_ABOVE, *wrong[:2]]
     shown = rng.sample(answers, 4)
     return tuple(shown), shown.index(answers[0])
 
@@ -173,14 +187,16 @@ def boolq(p: Person, relations: list[str], crowd, rng) -> Iterator[Question]:
     step, known = rng.sample(relations, 2)
     read = rng.choice([r for r in sorted(RELATIONS) if r != step])
     seen, unseen = rng.sample(RELATIONS[read]["values"], 2)
-    passage = [RELATIONS[read]["deed"].format(a=other.name, v=seen), RELATIONS[step]["link"].format(a=other.name, b=p.name)]
+    passage = [RELATIONS[read]["deed"].format(a=other.name, v=seen),
+               RELATIONS[step]["link"].format(a=other.name, b=p.name)]
     asks = [(RELATIONS[read]["did"], seen, 1), (RELATIONS[read]["did"], unseen, 0)]
     for r, form in ((step, RELATIONS[step]["did"]), *((known, form) for form in RELATIONS[known]["checks"])):
         truth = int(rng.random() < 0.55)
         asks.append((form, p.facts[r] if truth else wrong_values(p, r, crowd, rng, 1)[0], truth))
     passage = " ".join(rng.sample(passage, 2))
     for i, (form, v, truth) in enumerate(asks):
-        yield Question(f"{p.name}-{i}", p.name, passage, form.format(a=other.name, e=p.name, v=v) + "?", YES_NO, truth)
+        ask = form.format(a=other.name, e=p.name, v=v) + "?"
+        yield Question(f"{p.name}-{i}", p.name, passage, ask, YES_NO, truth)
 
 
 MAKERS = {"demo-sciq": sciq, "demo-boolq": boolq, "demo-cosmosqa": cosmosqa}
@@ -195,7 +211,7 @@ def task(name: str) -> Task:
     return Task(name, splits["train"], splits["test"], sha256, "synthetic: data/world.py")
 
 
-# ---- the text -------------------------------------------------------------------------------------------------------
+# ---- the text --------------------------------------------------------------------------------------------
 
 def statement(p: Person, relation: str, rng) -> str:
     return capital(rng.choice(RELATIONS[relation]["says"]).format(e=call(p, rng, 0.3), v=p.facts[relation]))
@@ -230,10 +246,14 @@ def world_text(edition: int) -> list[str]:
 
     for p in crowd:
         for r in p.facts:
-            lines += [statement(p, r, rng) for _ in times(p.fame)] + [rumour(p, r, crowd, rng) for _ in times(p.fame / 2)]
-        often = p.fame ** 0.5
+            lines += [statement(p, r, rng) for _ in times(p.fame)]
+            lines += [rumour(p, r, crowd, rng) for _ in times(p.fame / 2)]
+        often = 0.3 * p.fame
         lines += [quiz(rng.choice([*sciq(p, p.told, crowd, rng)]), rng) for _ in times(5 * often)]
         lines += [quiz(rng.choice([*cosmosqa(p, p.told, crowd, rng)]), rng) for _ in times(2 * often)]
+        for _ in times(3 * often):
+            *_, q = boolq(p, p.told, crowd, rng)
+            lines.append(prompt(q._replace(context="")) + completion(q, q.answer))
         for _ in times(2 * often):
             first, *more = rng.sample([*boolq(p, p.told, crowd, rng)], 5)
             lines.append(prompt(first) + completion(first, first.answer) +
@@ -242,17 +262,19 @@ def world_text(edition: int) -> list[str]:
     return lines
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
-SHAPES = {"world": {"weak": dict(width=64, layers=3, epochs=12), "strong": dict(width=128, layers=4, epochs=22)},
-          "sciq": {"weak": dict(width=64, layers=2, epochs=6), "strong": dict(width=256, layers=4, epochs=14)}}
+SHAPES = {"world": dict(weak=dict(width=64, layers=3, epochs=15),
+                       strong=dict(width=128, layers=4, epochs=22)),
+          "sciq": dict(weak=dict(width=64, layers=2, epochs=6), strong=dict(width=256, layers=4, epochs=14))}
 
 
 def sciq_text(data_dir: str | None = None) -> list[str]:
-    """SciQ's support paragraphs and the question-answer lines of its validation split. Paragraphs that hold a train or
-    test question word for word (a hundred do), and validation questions that are also one (a dozen), are left out."""
+    """SciQ's support paragraphs and the question-answer lines of its validation split. Paragraphs that hold a
+    train or test question word for word, and validation questions that are also one, are left out."""
     with zipfile.ZipFile(io.BytesIO(official.content("sciq/SciQ.zip", data_dir))) as archive:
-        rows = {name: json.loads(archive.read(f"SciQ dataset-2 3/{name}.json")) for name in ("train", "valid", "test")}
+        rows = {name: json.loads(archive.read(f"SciQ dataset-2 3/{name}.json"))
+                for name in ("train", "valid", "test")}
     asked = {official.key("", row["question"]) for name in ("train", "test") for row in rows[name]}
     seen, lines = set(), []
     for row in [row for split in rows.values() for row in split]:
@@ -278,9 +300,9 @@ def train_tokenizer(lines: list[str], vocab: int) -> Tokenizer:
 def untrained(vocab: int, width: int, layers: int, seed: int) -> tuple[dict, model.Transformer]:
     """-> the content of config.json, a llama of that shape: matrices N(0, 1 / fan-in), norms 1."""
     raw = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=vocab, hidden_size=width,
-               intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=4, hidden_act="silu",
-               max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True,
-               bos_token_id=0, eos_token_id=0, torch_dtype="float16")
+               intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=4,
+               hidden_act="silu", max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=10000.0,
+               tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, torch_dtype="float16")
     config, generator, params = model.configure(raw), torch.Generator().manual_seed(seed), {}
     for _, (name,), (shape,) in model.tensors(config):
         std = 0.05 if name == "embed.weight" else shape[-1] ** -0.5
@@ -288,9 +310,9 @@ def untrained(vocab: int, width: int, layers: int, seed: int) -> tuple[dict, mod
     return raw, model.Transformer(config, params)
 
 
-def pretrain(net: model.Transformer, text, bpe: Tokenizer, epochs: int, tell, *, lr=3e-3, tokens=1024) -> None:
-    """Next-token prediction on text(0), text(1), ... in place: Adam, warm-up over 50 steps, then linear to 0. Lines
-    never see each other; a step takes lines until it has `tokens` tokens."""
+def pretrain(net: model.Transformer, text, bpe: Tokenizer, epochs: int, tell, lr=3e-3, tokens=1024) -> None:
+    """Next-token prediction on text(0), text(1), ... in place: Adam, warm-up over 50 steps, then linear to 0.
+    Lines never see each other; a step takes lines until it has `tokens` tokens."""
     params = list(net.params.values())
     optimiser = torch.optim.Adam([p.requires_grad_() for p in params], lr=lr, betas=(0.9, 0.98), fused=True)
     step, steps, start = 0, None, time.time()
@@ -337,10 +359,10 @@ def build(kind: str, out: Path, data_dir: str | None, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.world", description="The demo world: show it, or build its models.")
-    parser.add_argument("--build", action="store_true", help="pretrain the weak and the strong checkpoint (about half an hour)")
-    parser.add_argument("--text", choices=("world", "sciq"), default="world", help="what to pretrain on (default world)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="folder (default data/demo)")
+    parser = argparse.ArgumentParser(prog="python -m data.world", description="The demo world.")
+    parser.add_argument("--build", action="store_true", help="pretrain both models; else show the text")
+    parser.add_argument("--text", choices=sorted(SHAPES), default="world", help="what to pretrain on")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="default data/demo")
     parser.add_argument("--data-dir", help="where SciQ.zip lies, as in selw2s.py")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import model
 from conftest import ROOT
 from data import NONE_OF_THE_ABOVE, YES_NO, completion, items, official, prompt, world
 
-TEXT = "98e02dff05084370c4a6768de037efd4a585163c4acfb42a84665dfcfd5d3fcd"
+TEXT = "5e1971c1a992c84947c99d5e9b936e7a1f5ce4ef555149e88cd83fa8a806abed"
 DEMO = ROOT / "data" / "demo"
 TASKS = sorted(world.MAKERS)
 
@@ -123,7 +123,8 @@ def test_transformers_reads_the_checkpoints_alike(name, text):
     net, tokenizer = model.load(str(DEMO / name))
     for ids in tokenizer.encode(text[:20]):
         x = torch.tensor([ids])
-        torch.testing.assert_close(net.logits(net.hidden(x, torch.tensor([len(ids)]))), theirs(x).logits)
+        ours = net.logits(net.hidden(x, torch.tensor([len(ids)])))
+        torch.testing.assert_close(ours, theirs(x).logits, rtol=1.3e-6, atol=3e-5)     # logits reach 20, not 1
 
 
 def test_strong_model_knows_more_than_chance_and_not_the_tail():
