@@ -19,8 +19,8 @@ by itself. A trade's stereotypes come from its famous people; the others do not 
 How it was tuned: by hand, until on demo-sciq the weak model lay between 0.60 and 0.75 and the ceiling at
 least 0.12 above it. The levers were the fame of people, the number of question, gossip and statement lines,
 and the models' sizes and epochs, judged by test accuracy; the method's own settings stayed at their defaults.
-The tasks' own question lines never enter the text; their facts do, as statements and as rumours called right or
-wrong, without which models this small recall an answer but cannot judge one.
+The tasks' own question lines never enter the text; their facts do, as statements and as rumours called right
+or wrong, without which models this small recall an answer but cannot judge one.
 
     python -m data.world                          forty lines of the text
     python -m data.world --build                  text, tokenizer and both models -> data/demo
