@@ -41,6 +41,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 class LoadError(ValueError):
     """A checkpoint that cannot be used: one line saying what is wrong, where, and what to do."""
 
+    def __init__(self, text: str):  # names in a damaged file may hold line feeds, or be a page long
+        line = "".join(c if c.isprintable() else " " for c in text)
+        super().__init__(line if len(line) < 600 else f"{line[:400]} ... {line[-150:]}")
+
 
 class TrainError(ValueError):
     """A finetuning run that cannot go on: one line saying at which step, and what to do."""
@@ -48,6 +52,7 @@ class TrainError(ValueError):
 
 # ---- families: names in a table, numbers from config.json --------------------------------------------------
 
+MOST_LAYERS = 4096  # more is a damaged file: refused before anything is made that long
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
@@ -65,6 +70,9 @@ SPELLINGS = dict(  # every key of config.json that a number may stand under
     scale=["query_pre_attn_scalar"], attn_cap=["attn_logit_softcapping"],
     logit_cap=["final_logit_softcapping"], parallel=["use_parallel_residual"],
     attention_bias=["attention_bias", "enable_bias"], mlp_bias=["mlp_bias", "enable_bias"])
+WHOLE = "vocab context width layers heads kv_heads head_dim inner window".split()
+LOGICAL = "tied parallel attention_bias mlp_bias use_sliding_window".split()
+NULLABLE = "kv_heads head_dim inner window scale attn_cap logit_cap".split()  # null: none, or from the others
 INERT_KEYS = re.compile(  # keys that change nothing in a forward pass without dropout
     r"model_type|architectures|auto_map|transformers_version|_name_or_path|(torch_)?dtype|use_cache"
     r"|.*(dropout|_pdrop|layerdrop)(_prob)?|initializer_range|init_std|(bos|eos|pad|unk|sep)_token_id|prefix"
@@ -144,8 +152,8 @@ GPT_NEO = but(
                  "v": "h.{}.attn.attention.v_proj", "o": "h.{}.attn.attention.out_proj"},
     buffers=r"h\.\d+\.attn\.attention\.(masked_)?bias", biased="o up down", transposed=False,
     numbers=dict(context=2048, width=2048, layers=24, heads=16, window=256),
-    slides=lambda i, raw: (raw.get("attention_layers") or [kind for kinds, times in raw.get(
-        "attention_types", [[["global", "local"], 12]]) for kind in kinds * times])[i] == "local",
+    kinds=lambda raw: raw.get("attention_layers") or [kind for kinds, times in raw.get(
+        "attention_types", [[["global", "local"], 12]]) for kind in kinds * min(times, MOST_LAYERS)],
     also="attention_types attention_layers", must={},
     unscaled=True)  # GPTNeoSelfAttention never divides by sqrt(D)
 QWEN = but(  # first generation: QWenAttention and QWenMLP in the repositories' own modeling_qwen.py
@@ -215,11 +223,14 @@ def configure(raw: dict) -> Config:
     family = raw.get("model_type")
     if raw.get("quantization_config"):
         raise LoadError("config.json: quantised checkpoints are refused, use the full-precision one")
-    if family not in FAMILIES:
-        raise LoadError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise LoadError(f"config.json: model_type {family!r:.40} is not supported, only "
+                        f"{', '.join(FAMILIES)}")
     try:
         return Config(family=family, **resolve(raw, FAMILIES[family]))
-    except (TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+    except LoadError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
         raise LoadError(f"config.json: a value is missing or of the wrong type ({error})") from None
 
 
@@ -229,6 +240,8 @@ def resolve(raw: dict, row: dict) -> dict:
     for field in n:
         keys = [row["context_key"]] if field == "context" and "context_key" in row else SPELLINGS[field]
         given = {key: raw[key] for key in keys if key in raw and (raw[key] is not None or field != "act")}
+        for key, value in given.items():
+            check_value(key, value, field)
         if field == "act":
             given = {key: row.get("act_means", {}).get(value, value) for key, value in given.items()}
         if any(value != given[key] for key in given for value in given.values()):
@@ -241,15 +254,34 @@ def resolve(raw: dict, row: dict) -> dict:
                         f"{', '.join(ACTIVATIONS)}")
     n["kv_heads"] = n.get("kv_heads") or n["heads"]
     n["head_dim"] = n.get("head_dim") or n["width"] // n["heads"]
+    if n["heads"] % n["kv_heads"] or not n["head_dim"]:
+        raise LoadError(f"config.json: {n['heads']} heads do not share out width {n['width']} and "
+                        f"{n['kv_heads']} key/value heads evenly")
     n["inner"] = (n["inner"] or 4 * n["width"]) // (2 if row.get("halved") else 1)
     n["scale"] = 1.0 if row.get("unscaled") else (n.get("scale") or n["head_dim"]) ** -0.5
     biased = row.get("biased", "") + " q k v o" * n.pop("attention_bias", False)
     n["biased"] = frozenset((biased + " gate up down" * n.pop("mlp_bias", False)).split())
     n["windows"] = windows(raw, row, n["layers"], n.pop("window", None))
     base, local, fraction = n.pop("base", None), n.pop("local_base", None), n.pop("fraction", None)
-    n["rope"] = base and rotary(raw, "full_attention", base, fraction, n["head_dim"])
+    n["rope"] = rotary(raw, "full_attention", base, fraction, n["head_dim"]) if base else None
     n["local_rope"] = rotary(raw, "sliding_attention", local, fraction, n["head_dim"]) if local else n["rope"]
     return n
+
+
+def check_value(key: str, value, field: str = "") -> None:
+    """LoadError unless a value of config.json is of the type and size that its field can have."""
+    if field == "act" or value is None and field in NULLABLE:
+        return
+    if field in LOGICAL:
+        good, need = isinstance(value, bool), "true or false"
+    elif field in WHOLE:
+        most = MOST_LAYERS if field == "layers" else 2 ** 24
+        good, need = type(value) is int and 0 < value <= most, f"a whole number from 1 to {most}"
+    else:  # NaN compares false
+        good, need = type(value) in (int, float) and 0 < value < 1e30, "a positive number"
+    if not good:
+        raise LoadError(f"config.json: {key} = {value!r:.40} is of the wrong type or out of range: {need} is "
+                        "needed")
 
 
 def check_keys(raw: dict, row: dict, known: set) -> None:
@@ -266,12 +298,16 @@ def check_keys(raw: dict, row: dict, known: set) -> None:
 
 def windows(raw: dict, row: dict, layers: int, width: int | None) -> tuple:
     """Per block its sliding window or None."""
-    kinds = raw.get("layer_types")
-    if kinds and (len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}):
-        raise LoadError(f"config.json: layer_types must give {layers} x full_attention or sliding_attention")
-    if not width or not raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", "")):
+    key, names = ("attention_types", ["global", "local"]) if "kinds" in row else (
+        "layer_types", ["full_attention", "sliding_attention"])
+    kinds = row["kinds"](raw) if "kinds" in row else raw.get(key)
+    if kinds and (not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - set(names)):
+        raise LoadError(f"config.json: {key} must give {layers} x {' or '.join(names)}")
+    on = raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", ""))
+    check_value("use_sliding_window", on, "use_sliding_window")
+    if not width or not on:
         return (None,) * layers
-    return tuple(width if (kinds[i] == "sliding_attention" if kinds else row["slides"](i, raw)) else None
+    return tuple(width if (kinds[i] == names[1] if kinds else row["slides"](i, raw)) else None
                  for i in range(layers))
 
 
@@ -281,13 +317,22 @@ def rotary(raw: dict, kind: str, base: float, fraction: float, head_dim: int) ->
     p = raw.get("rope_parameters") or {"full_attention": raw.get("rope_scaling")}
     p = dict((p.get(kind) or {}) if p.keys() & {"full_attention", "sliding_attention"} else p)
     base, fraction = p.pop("rope_theta", base), p.pop("partial_rotary_factor", fraction)
+    check_value("rope_theta", base)
+    check_value("partial_rotary_factor", fraction)
     scaling, _ = p.pop("rope_type", p.get("type", "default")), p.pop("type", None)
     needs = {"default": [], "linear": ["factor"], "llama3": ["factor", "high_freq_factor", "low_freq_factor",
                                                              "original_max_position_embeddings"]}
     if scaling not in needs or sorted(p) != needs[scaling]:
         raise LoadError(f"config.json: RoPE scaling {scaling!r} with {sorted(p)} is not supported, only "
                         f"{needs}")
-    return float(base), int(head_dim * fraction), tuple(sorted(p.items()))
+    for key, value in p.items():
+        check_value(key, value)
+    rotated = int(head_dim * fraction)
+    if rotated % 2 or not 0 < rotated <= head_dim:
+        raise LoadError(f"config.json: RoPE on {rotated} of {head_dim} channels of a head: it needs pairs")
+    if p.get("low_freq_factor", 0) >= p.get("high_freq_factor", 1):
+        raise LoadError("config.json: low_freq_factor must be below high_freq_factor")
+    return float(base), rotated, tuple(sorted(p.items()))
 
 
 def tensors(c: Config):
@@ -321,6 +366,7 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
     matrices in dtype, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
     folder = find(str(source))
     try:
+        check_device(device)
         raw = read_json(folder / "config.json")
         config = configure(raw)
         params, ignored = read_params(config, tensor_files(folder), device, dtype)
@@ -336,6 +382,17 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
     print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
           f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
     return model, tokenizer
+
+
+def check_device(device) -> None:
+    try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch is built without CUDA
+        line = next(iter(str(error).splitlines()), "")
+        raise LoadError(f"device {str(device)!r} cannot be used ({line}): choose cpu, or cuda where there is "
+                        "a GPU") from None
 
 
 def find(source: str) -> Path:
@@ -359,7 +416,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text("utf-8"))
     except OSError:
         raise LoadError(f"no {path.name} there; a directory in Hugging Face layout is needed") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{path.name}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise LoadError(f"{path.name}: not a JSON object")
@@ -369,7 +426,7 @@ def read_json(path: Path) -> dict:
 def open_tensors(path: Path):
     try:
         return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a zero byte in a shard's name
         raise LoadError(f"{path.name}: missing, truncated or damaged ({error}); download it again") from None
 
 
@@ -399,7 +456,8 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     with open_tensors(path) as file:
         x = file.get_tensor(name)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise LoadError(f"tensor {name} is {x.dtype}: quantised checkpoints are refused, use full precision")
+        raise LoadError(f"tensor {name} is {x.dtype}: quantised checkpoints and other types are refused, use "
+                        "float32, float16 or bfloat16")
     if not math.isfinite(x.sum(dtype=torch.float64)):
         raise LoadError(f"tensor {name} holds NaN or infinity: {path.name} is damaged, download it again")
     return x
@@ -638,12 +696,16 @@ class Tokenizer:
 
     def __init__(self, folder: Path, family: str):
         from tokenizers import Tokenizer as Backend
+        self.folder = folder
         try:
             if (folder / "tokenizer.json").is_file():
                 self.backend = Backend.from_file(str(folder / "tokenizer.json"))
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-                merges = [tuple(line.split(" ")) for line in lines if line and line[:8] != "#version"]
+                merges = [tuple(line.split(" ")) if line and line[:8] != "#version" else None
+                          for line in (folder / "merges.txt").read_text("utf-8").split("\n")]
+                if odd := [n for n, pair in enumerate(merges, 1) if pair and len(pair) != 2]:
+                    raise LoadError(f"merges.txt:{odd[0]}: not two tokens with a space between them")
+                merges = [pair for pair in merges if pair]
                 self.backend = byte_level(read_json(folder / "vocab.json"), merges, family.startswith("qwen"))
                 add_special(self.backend, folder)
             elif (folder / "qwen.tiktoken").is_file():
@@ -653,19 +715,35 @@ class Tokenizer:
                 raise LoadError("no tokenizer.json there, nor vocab.json with merges.txt, nor qwen.tiktoken")
         except LoadError:
             raise
-        except Exception as error:  # the tokenizers package raises plain Exception
-            line = next(iter(str(error).splitlines()), "")
-            raise LoadError(f"the tokenizer's files are damaged ({line}); download them again") from None
+        except BaseException as error:
+            raise damaged(error) from None
         self.backend.no_padding()
         self.backend.no_truncation()  # GPT-2's own file says 50 tokens
-        self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """special=False: without the tokens put around a text (BOS), for a text that continues another."""
-        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=special)]
+        try:
+            ids = [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=special)]
+        except BaseException as error:
+            raise LoadError(f"{self.folder}: {damaged(error)}") from None
+        for text, tokens in zip(texts, ids):
+            if text and not tokens:
+                raise LoadError(f"{self.folder}: the tokenizer has no token for {text!r:.60}: it is of "
+                                "another language or model")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids))
+
+
+def damaged(error: BaseException) -> LoadError:
+    """What to raise for an error of the tokenizers package: it raises plain Exception, and panics of its Rust
+    code, PanicException, are not even that."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    line = next(iter(str(error).splitlines()), "")
+    return LoadError(f"the tokenizer's files are damaged ({line}); download them again")
 
 
 def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], qwen: bool):
@@ -710,8 +788,19 @@ def from_ranks(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """qwen.tiktoken (base64 token, rank) -> vocabulary and merges. There two neighbours merge when together
     they are a token, lowest rank first; so every split of a token into two tokens is a merge of that token's
     rank."""
-    lines = (line.split() for line in path.read_bytes().splitlines() if line)
-    ranks, letter = {base64.b64decode(token): int(rank) for token, rank in lines}, byte_letters()
+    ranks, letter = {}, byte_letters()
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            token = base64.b64decode(token, validate=True)
+            if not token or token in ranks or int(rank) != len(ranks):
+                raise ValueError
+        except ValueError:
+            raise LoadError(f"{path.name}:{n}: not a new token in base64 and the rank {len(ranks)}; download "
+                            "it again") from None
+        ranks[token] = len(ranks)
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise LoadError(f"{path.name}: byte {missing[0]} has no rank; download it again")
     text = {token: "".join(letter[b] for b in token) for token in ranks}
     merges = [(text[token[:i]], text[token[i:]]) for token in sorted(ranks, key=ranks.get)
               for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]

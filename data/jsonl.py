@@ -20,10 +20,17 @@ TYPES = {"question": (str,), "options": (list,), "answer": (int, str), "context"
          "group": (str, int), "split": (str,)}
 
 
+def _once(pairs: list[tuple]) -> dict:
+    """An object, from its keys and values; raises ValueError where one value would hide another."""
+    if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        raise ValueError(f"key {twice[0][:40]!r} stands there twice")
+    return dict(pairs)
+
+
 def _row(line: bytes) -> dict:
     """The object on a line, its keys known and of the right types; raises ValueError."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:

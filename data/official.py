@@ -39,15 +39,17 @@ Row = tuple[Question, list[str]]                 # a question without group, the
 
 def content(name: str, data_dir: str | None) -> bytes:
     """FILES[name], without network if it is there; DataError unless its SHA-256 is the pinned one."""
-    path = Path(data_dir or os.environ.get("SELW2S_DATA") or "~/.cache/selw2s").expanduser() / name
+    path = Path(data_dir or os.environ.get("SELW2S_DATA") or "~/.cache/selw2s") / name
     size, sha256, _ = FILES[name]
     try:
+        path = path.expanduser()                 # RuntimeError where nobody knows a home directory
         if not path.exists():
             _download(name, path)
         with path.open("rb") as file:
             body = file.read(size + 1)           # a longer file is a wrong one: its rest is not read
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; choose another folder with --data-dir") from None
+    except (OSError, RuntimeError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: {problem}; choose another folder with --data-dir") from None
     if (found := hashlib.sha256(body).hexdigest()) != sha256:
         raise DataError(f"{path} is not the official file: SHA-256 {found} of its first {len(body):,} bytes, "
                         f"expected {sha256}; move it away and run again to download it")
@@ -57,6 +59,7 @@ def content(name: str, data_dir: str | None) -> bytes:
 def _download(name: str, path: Path) -> None:
     """From the first home that serves the pinned bytes; `path` appears whole and checked, or not at all."""
     size, sha256, homes = FILES[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
     for url in homes:
         print(f"downloading {url} ({size / 1e6:.1f} MB)", file=sys.stderr)
         try:
@@ -73,7 +76,6 @@ def _download(name: str, path: Path) -> None:
         problem = f"got {len(body):,} bytes of SHA-256 {found}, expected {size:,} of {sha256}"
     else:
         raise DataError(f"{path} is missing, no download: {problem}; get {homes[0]} and put it there")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(body)
