@@ -125,23 +125,22 @@ if __name__ == "__main__":  # --help and a wrong flag are answered before torch,
     parse()
 
 import hashlib
-import inspect
 import json
 import os
 import time
 from itertools import product as product_of, takewhile
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import DEMO, OFFICIAL, DataError, completion, halves, items, load_task, prompt
-from data.report import accuracy, auroc, brier, cross_entropy, diagnose, ece, figures, pgr  # noqa: F401
-from data.report import summarise, table
+from data import DEMO, OFFICIAL, DataError, completion, fit, halves, items, load_task, prompt
+from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
+from data.report import analysis_table, diagnose, figures, summarise, table, write
+from data.stages import Stages, counter, digest
 from graph import affinity, knn, normalise, propagate
 from model import Classifier, LoadError, TrainError, finetune, load, read
 
@@ -319,77 +318,6 @@ def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- the stages
-def digest(*parts) -> str:
-    """SHA-256 of the content of all parts: tensors by bytes, functions by source, the rest by repr."""
-    h = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous()
-            h.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.view(torch.uint8).numpy().tobytes())
-        else:
-            h.update((inspect.getsource(part) if callable(part) else repr(part)).encode() + b"\0")
-    return h.hexdigest()
-
-
-class Stages:
-    """Finished stages on disk: <out>/cache/<stage>-<sha256 of all that the stage depends on>.safetensors.
-
-    The inputs themselves are hashed (token ids, targets, numbers, checkpoint, source of model.py), so a file
-    can never be stale, and equal work is done once, whichever method, seed or run asks for it."""
-
-    def __init__(self, directory: Path, tell: Callable[[str], None]):
-        self.directory, self.tell, self.log = directory, tell, []
-        self.source = digest(*(HERE.joinpath(name).read_text() for name in ("model.py",)), torch.__version__,
-                             torch.get_num_threads())
-        directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
-            if time.time() - left.stat().st_mtime > 86400:
-                left.unlink(missing_ok=True)
-
-    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
-                 **work) -> dict[str, Tensor]:
-        """compute(path) -> tensors, or the stored ones; it may keep its state in path, removed at the end.
-        name and work (steps, tokens: numbers for the log) do not enter the key."""
-        path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
-        unfinished = path.with_name(f".{path.stem}.unfinished")
-        if path.exists():
-            try:
-                tensors = load_file(path)
-                record = json.loads(bytes(tensors.pop("record").tolist()))
-                if record.pop("sha256") != digest(*(tensors[key] for key in sorted(tensors))):
-                    raise SafetensorError("its checksum differs")
-                self.log.append({"name": name, "cached": True, **record})
-                return tensors
-            except (SafetensorError, KeyError, ValueError) as error:
-                self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
-        start = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        tensors = {key: value.contiguous() for key, value in compute(unfinished).items()}
-        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(), **work}
-        if "tokens" in work:
-            record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
-        self.log.append({"name": name, "cached": False, **record})
-        record["sha256"] = digest(*(tensors[key] for key in sorted(tensors)))
-        blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({**tensors, "record": blob}, temporary)
-            os.replace(temporary, path)
-            unfinished.unlink(missing_ok=True)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return tensors
-
-
-def peak_gb() -> float:
-    """Peak memory so far in GB: of the GPU if there is one (since the stage began), else of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
 class Side(NamedTuple):
     """One of the two pretrained models: network, tokenizer, SHA-256 of its files, learning rate."""
     model: object
@@ -436,18 +364,6 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
         folder = f"{Path(config.task).stem}-{name}-seed{seed}"
         Classifier(side.model, state).save(Path(config.out) / "students" / folder)
     return out
-
-
-def counter(name: str):
-    """Progress on stderr, on a terminal only, at most twice a second."""
-    shown = [0.0]
-
-    def show(step, steps, loss):
-        if sys.stderr.isatty() and (time.monotonic() - shown[0] > 0.5 or step == steps):
-            shown[0] = time.monotonic()
-            print(f"\r{name} {step}/{steps}" if step < steps else "\r\033[K", end="", file=sys.stderr,
-                  flush=True)
-    return show
 
 
 def cut(tokenizer, prompts: list[str], completions: list[list[str]]):
@@ -607,10 +523,11 @@ class Selected(NamedTuple):
     chosen_alone: Smoothing
 
 
-def select(config: Config, p: Prepared, p_ik: Tensor) -> Selected:
+def select(config: Config, p: Prepared, p_ik: Tensor, tau: float | str | None = None) -> Selected:
     """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u."""
     L, U, weak = slice(0, p.n_l), slice(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u]
-    tau = accuracy(p.cross, p.truth) if config.tau == "auto" else float(config.tau)                 # [D4]
+    tau = config.tau if tau is None else tau
+    tau = accuracy(p.cross, p.truth) if tau == "auto" else float(tau)                               # [D4]
     routed, is_self = route(p_ik[U], p.own[U], weak, tau)
     routed_l, is_self_l = route(p_ik[L], p.own[L], p.cross, tau)
 
@@ -644,6 +561,11 @@ def hidden_truth(p: Prepared) -> Tensor:
     return torch.tensor([float(item.label) for item in p.rows[p.n_l:p.n_l + p.n_u]])
 
 
+def knowing(p: Prepared) -> Tensor:
+    """(N,) 1 where the own label agrees with the truth, of D_u too: the oracle's P(IK)."""
+    return (p.own == torch.tensor([float(item.label) for item in p.rows])).float()
+
+
 def hexed(out: dict[str, Tensor]) -> str:
     return bytes(out["weights"].tolist()).hex()
 
@@ -665,7 +587,7 @@ def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Sid
         "selective": lambda: (U, s.selective, None),
         "trust": lambda: (U, trust(p, p_ik), None),
         "chain": lambda: (U, student("naive")[1][:p.n_u], None),            # weak -> student -> student
-        "oracle": lambda: (U, torch.where(own == hidden_truth(p), own, s.refined), None),
+        "oracle": lambda: (U, select(config, p, knowing(p), tau=0.5).selective, None),  # P(IK) that knows
     }
 
     def student(name):
@@ -806,53 +728,24 @@ def analyse(config: Config, task, weak: Side, strong: Side, stages: Stages, tell
     tasks = {config.task: task}
     if config.analysis == "cross-task":
         family = DEMO[1:] if config.task in DEMO else OFFICIAL
-        tasks = {name: fit(load_task(name, data_dir=config.data_dir or None), (weak, strong), config, tell)
-                 for name in family}
+        tasks = {name: load_task(name, data_dir=config.data_dir or None) for name in family}
+        tasks = {name: fitted(task, (weak, strong), config, tell)[0] for name, task in tasks.items()}
     out = ANALYSES[config.analysis](config, tasks, weak, strong, stages, tell)
-    columns = [c for c in next(iter(out.values()))[0] if c != "seed"]
-    print(f"\n{config.analysis:32}" + "".join(f"{c:>16}" for c in columns))
-    for name, rows in out.items():
-        means = [[row[c] for row in rows if row[c] is not None] for c in columns]
-        print(f"{name:32}" + "".join(f"{np.mean(m):16.3f}" if m else f"{'-':>16}" for m in means))
+    print(f"\n{analysis_table(config.analysis, out)}")
     return out
 
 
 # -------------------------------------------------------------------------------------------------- 8. Report
-def fit(task, sides, config: Config, tell):
-    """The task, over-long contexts cut at the end, by words, until all fit both models: one text for both, no
-    item dropped (the public code drops in train and test) [D11]. At most --limit questions a part."""
+def fitted(task, sides, config: Config, tell) -> tuple:
+    """The task as both models can read it, and how many of its questions had to be changed for that."""
     room = min(1024, *(side.model.config.context for side in sides))
-    shortened = 0
-
-    def excess(q):
-        texts = [prompt(q) + completion(q, i) for i in range(len(q.options))]
-        return max(len(ids) for side in sides for ids in side.tokenizer.encode(texts)) - room
-
-    def cut_one(q):
-        nonlocal shortened
-        most = len((prompt(q) + max(q.options, key=len)).encode()) + 64     # a token is a byte or more
-        if most <= room or (over := excess(q)) <= 0:
-            return q
-        shortened += 1
-        words = q.context.split(" ")
-        while over > 0:
-            words = words[:-max(1, len(words) * over // (2 * (over + room)))]
-            if not words:
-                raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
-                                "even without its context: shorten it")
-            q = q._replace(context=" ".join(words))
-            over = excess(q)
-        return q
-    seen = {q.group for q in task.test} if config.protocol == "paper" else ()
-    train = [q for q in task.train if q.group not in seen]
-    if len(train) < len(task.train):
-        out = len(task.train) - len(train)
-        tell(f"data      {out} train questions left out: test asks them or has their passage")
-    parts = {"train": [cut_one(q) for q in train[:config.limit or None]],
-             "test": [cut_one(q) for q in task.test[:config.limit or None]]}
-    if shortened:
-        tell(f"data      {shortened} contexts cut at their end to fit {room} tokens")
-    return task._replace(**parts)
+    task, counts = fit(task, [side.tokenizer.encode for side in sides], room,
+                       apart=config.protocol == "paper", limit=config.limit)
+    tell(f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions" +
+         (" (synthetic world, see data/world.py)" if task.name in DEMO else "") +
+         (f"; {counts['left_out']} of train left out: test has them" if counts["left_out"] else "") +
+         (f"; {counts['cut']} contexts cut to fit {room} tokens" if counts["cut"] else ""))
+    return task, counts
 
 
 def run(config: Config) -> dict:
@@ -866,12 +759,9 @@ def run(config: Config) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     print("config    " + " ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
     task = load_task(config.task, data_dir=config.data_dir or None)
-    demo = config.task.startswith("demo-")
     weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
     strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
-    task = fit(task, (weak, strong), config, tell)
-    tell(f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions" +
-         (" (synthetic world, see data/world.py)" if demo else ""))
+    task, counts = fitted(task, (weak, strong), config, tell)
     stages = Stages(Path(config.out) / "cache", tell)
     runs = []
     for seed in config.seeds:
@@ -883,11 +773,11 @@ def run(config: Config) -> dict:
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "data_dir")}
     run_id = digest(identity, task.sha256, weak.sha256, strong.sha256, sources)[:12]
     folder = Path(config.out) / task.name / run_id
-    folder.mkdir(parents=True, exist_ok=True)
     result = {
         "schema": 1, "command": "python selw2s.py " + " ".join(sys.argv[1:]), "config": asdict(config),
         "code": sources,
-        "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test)},
+        "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
+                 **counts},
         "models": {name: {"sha256": side.sha256, "revision": side.model.revision, "lr": side.lr}
                    for name, side in (("weak", weak), ("strong", strong))},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
@@ -898,15 +788,7 @@ def run(config: Config) -> dict:
         "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")}
                   | {"diagnostics": diagnose(r, config.methods)} for r in runs],
         "analysis": analysis, "finished": True}
-    arrays = {f"seed{r['seed']}/{part}/{k}": v
-              for r in runs for part in ("transfer", "test") for k, v in r[part].items()}
-    for name, write in (
-            ("items.npz", lambda f: np.savez_compressed(f, **arrays)),
-            ("result.json", lambda f: f.write(json.dumps(result, indent=1, allow_nan=False).encode()))):
-        temporary = folder / f".{name}.{os.getpid()}"
-        with open(temporary, "wb") as f:
-            write(f)
-        os.replace(temporary, folder / name)
+    write(folder, result, runs)
     try:
         drawn = figures(folder)
     except ImportError:

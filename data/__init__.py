@@ -127,6 +127,39 @@ def halves(items: list[Item], questions: list[Question], *, protocol: str, seed:
     return labelled, transfer
 
 
+def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) -> tuple[Task, dict]:
+    """The task as all models can read it, and counts: questions left out, contexts cut.
+
+    A context is cut at its end, by words, until no text of its question has more than `room` tokens of any
+    encoder (texts -> token ids): one text for all models, no item dropped (the public code drops, in test
+    too) [D11]. apart: training questions that test asks, or whose passage it has, are left out. limit: at
+    most so many questions a part. DataError for a question that is too long without its context."""
+    def excess(q):
+        texts = [prompt(q) + completion(q, i) for i in range(len(q.options))]
+        return max((len(ids) for encode in encoders for ids in encode(texts)), default=0) - room
+
+    def cut(q):
+        most = len((prompt(q) + max(q.options, key=len)).encode()) + 64     # a token is a byte or more
+        if most <= room or (over := excess(q)) <= 0:
+            return q
+        words = q.context.split(" ")
+        while over > 0:
+            words = words[:-max(1, len(words) * over // (2 * (over + room)))]
+            if not words:
+                raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
+                                "even without its context: shorten it")
+            q = q._replace(context=" ".join(words))
+            over = excess(q)
+        return q
+    seen = {q.group for q in task.test} if apart else ()
+    train = [q for q in task.train if q.group not in seen]
+    before = train[:limit or None] + task.test[:limit or None]
+    after = [cut(q) for q in before]
+    counts = {"left_out": len(task.train) - len(train), "cut": sum(a is not b for a, b in zip(before, after))}
+    n = len(train[:limit or None])
+    return task._replace(train=after[:n], test=after[n:]), counts
+
+
 def load_task(name: str, *, data_dir: str | None = None) -> Task:
     """A task by name, or a user's own by a path that ends in .jsonl; raises DataError.
 

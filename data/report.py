@@ -8,6 +8,7 @@ AUROC   auroc        P(a positive ranks above a negative), ties half
 Shapes: N items, S seeds. p (N,) is a probability of y = 1, y (N,) is 0/1; right is 0/1.
 """
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -190,6 +191,33 @@ def table(metrics: dict) -> str:
         lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, "
                      f"under 2 standard errors ({gap['se']:.3f})")
     return "\n".join(lines)
+
+
+def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
+    """The means over seeds of every row of an analysis."""
+    columns = [c for c in next(iter(rows.values()))[0] if c != "seed"]
+    lines = [f"{name:32}" + "".join(f"{c:>16}" for c in columns)]
+    for title, metrics in rows.items():
+        means = [[m[c] for m in metrics if m[c] is not None] for c in columns]
+        lines.append(f"{title:32}" + "".join(f"{np.mean(m):16.3f}" if m else f"{'-':>16}" for m in means))
+    return "\n".join(lines)
+
+
+def write(folder: Path, result: dict, runs: list[dict]) -> None:
+    """items.npz, then result.json, each under a temporary name first: a result.json is always a whole one."""
+    arrays = {f"seed{r['seed']}/{part}/{name}": array
+              for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1, allow_nan=False).encode()
+    for name, put in (("items.npz", lambda f: np.savez_compressed(f, **arrays)),
+                      ("result.json", lambda f: f.write(text))):
+        temporary = folder / f".{name}.{os.getpid()}"
+        try:
+            with open(temporary, "wb") as f:
+                put(f)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- figures

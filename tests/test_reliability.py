@@ -21,7 +21,8 @@ BOMB = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import selw2s
-calls, real_save, real_replace = [0], selw2s.save_file, os.replace
+from data import stages
+calls, real_save, real_replace = [0], stages.save_file, os.replace
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 def save(tensors, path, *rest):
@@ -38,7 +39,7 @@ def replace(a, b):
     real_replace(a, b)
     if calls[0] == {n} and {where!r} == "renamed":
         die()
-selw2s.save_file, os.replace = save, replace
+stages.save_file, os.replace = save, replace
 sys.exit(selw2s.main({argv!r}))
 """
 

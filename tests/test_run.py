@@ -247,34 +247,33 @@ def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
         assert coverage[0] == 1 and coverage[-1] == 0 and coverage == sorted(coverage, reverse=True)
 
 
-def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny, tmp_path):
-    from data import Question, Task
-    config, sides = selw2s.parse(list(tiny)), []
-    for i in (3, 5):
-        sides.append(selw2s.open_side(tiny[i], config))
+def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny):
+    from data import Question, Task, fit
+    config = selw2s.parse(list(tiny))
+    encoders = [selw2s.open_side(tiny[i], config).tokenizer.encode for i in (3, 5)]
     words = " ".join(f"w{i}" for i in range(400))
     long = Question("a", "a", words, "Which word is last?", ("w1", "w399", "w7", "none of them at all"), 1)
     short = long._replace(id="b", group="b", context="w0 w1")
-    told = []
-    task = selw2s.fit(Task("t", [short], [long], "", ""), sides, config, told.append)
-    assert task.train == [short] and len(told) == 1
+    task, counts = fit(Task("t", [short], [long], "", ""), encoders, 128)
+    assert task.train == [short] and counts == {"left_out": 0, "cut": 1}
     kept = task.test[0]
     assert words.startswith(kept.context) and kept._replace(context="") == long._replace(context="")
     texts = [selw2s.prompt(kept) + selw2s.completion(kept, i) for i in range(4)]
-    longest = max(len(ids) for side in sides for ids in side.tokenizer.encode(texts))
+    longest = max(len(ids) for encode in encoders for ids in encode(texts))
     assert 128 - 16 < longest <= 128
     with pytest.raises(selw2s.DataError, match="even without its context"):
-        selw2s.fit(Task("t", [short], [long._replace(context="", question=words)], "", ""), sides, config, told.append)
+        fit(Task("t", [short], [long._replace(context="", question=words)], "", ""), encoders, 128)
 
 
 def test_train_questions_that_test_asks_are_left_out(tiny):
-    from data import Task
-    config, task = selw2s.parse(list(tiny)), selw2s.load_task(tiny[1])
-    sides = [selw2s.open_side(tiny[i], config) for i in (3, 5)]
+    from data import Task, fit
+    task = selw2s.load_task(tiny[1])
     leaky = Task("t", task.train, task.test + task.train[:1], "", "")
-    kept = selw2s.fit(leaky, sides, config, lambda line: None)
+    kept, counts = fit(leaky, [], 128)
     assert {q.group for q in kept.train}.isdisjoint({q.group for q in kept.test})
-    assert len(kept.train) == len(task.train) - 2        # both questions of that group
+    assert len(kept.train) == len(task.train) - 2 and counts["left_out"] == 2   # both questions of that group
+    assert fit(leaky, [], 128, apart=False)[0] == leaky
+    assert [len(part) for part in fit(leaky, [], 128, limit=7)[0][1:3]] == [7, 7]
 
 
 def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
@@ -285,14 +284,13 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
         result = go(tiny, tmp_path, *flags)
         folder = tmp_path / "students" / "task-selective-seed0"
         head = load_file(folder / "model.safetensors")["score.weight"]
-        model, tokenizer = load(tiny[5])
         whole = {**load_file(folder / "model.safetensors")}
         del whole["score.weight"]
         from safetensors.torch import save_file
         save_file(whole, tmp_path / "model.safetensors")
         for name in ("config.json", "tokenizer.json"):
-            (tmp_path / name).write_bytes((Path(tiny[5]) / name).read_bytes())
-        student, _ = load(str(tmp_path))
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        student, tokenizer = load(str(tmp_path))
         task = selw2s.load_task(tiny[1])
         texts = {i.id: i.text for i in selw2s.items(task.test, protocol="paper", seed=0)}
         data = arrays(result, tmp_path)

@@ -1,0 +1,101 @@
+"""Finished stages on disk, under the hash of everything that they depend on.
+
+A run that is killed and started again finds its finished stages here, and so does another method, seed or
+run that needs the same work. The inputs themselves are hashed (token ids, targets, settings, checkpoint,
+source of the networks), so what is found is never stale; a damaged file is seen by its checksum and computed
+again.
+"""
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NETWORKS = Path(__file__).resolve().parent.parent / "model.py"       # the source that every stage runs
+
+
+def digest(*parts) -> str:
+    """SHA-256 of the content of all parts: tensors by bytes, functions by source, the rest by repr."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous()
+            h.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.view(torch.uint8).numpy().tobytes())
+        else:
+            h.update((inspect.getsource(part) if callable(part) else repr(part)).encode() + b"\0")
+    return h.hexdigest()
+
+
+class Stages:
+    """stages(...) gives a stage's tensors: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors."""
+
+    def __init__(self, directory: Path, tell: Callable[[str], None]):
+        self.directory, self.tell, self.log = directory, tell, []
+        self.source = digest(NETWORKS.read_text("utf-8"), torch.__version__, torch.get_num_threads())
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink(missing_ok=True)
+
+    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
+                 **work) -> dict[str, Tensor]:
+        """compute(path) -> tensors, or the stored ones; it may keep its state in path, removed at the end.
+        name and work (steps, tokens: numbers for the log) do not enter the key."""
+        path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
+        unfinished = path.with_name(f".{path.stem}.unfinished")
+        if path.exists():
+            try:
+                tensors = load_file(path)
+                record = json.loads(bytes(tensors.pop("record").tolist()))
+                if record.pop("sha256") != digest(*(tensors[key] for key in sorted(tensors))):
+                    raise SafetensorError("its checksum differs")
+                self.log.append({"name": name, "cached": True, **record})
+                return tensors
+            except (SafetensorError, KeyError, ValueError) as error:
+                self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
+        start = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        tensors = {key: value.contiguous() for key, value in compute(unfinished).items()}
+        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(), **work}
+        if "tokens" in work:
+            record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
+        self.log.append({"name": name, "cached": False, **record})
+        record["sha256"] = digest(*(tensors[key] for key in sorted(tensors)))
+        blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({**tensors, "record": blob}, temporary)
+            os.replace(temporary, path)
+            unfinished.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return tensors
+
+
+def peak_gb() -> float:
+    """Peak memory so far in GB: of the GPU if there is one (since the stage began), else of this process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def counter(name: str):
+    """Progress on stderr, on a terminal only, at most twice a second."""
+    shown = [0.0]
+
+    def show(step, steps, loss):
+        if sys.stderr.isatty() and (time.monotonic() - shown[0] > 0.5 or step == steps):
+            shown[0] = time.monotonic()
+            print(f"\r{name} {step}/{steps}" if step < steps else "\r\033[K", end="", file=sys.stderr,
+                  flush=True)
+    return show
