@@ -1,0 +1,223 @@
+"""Write tests/golden/*.safetensors: inputs and results of every part of the method, for ports of selw2s.
+
+    python tests/golden/make_golden.py [FOLDER]     3 seconds; ../port_numpy.py reads all without torch
+
+Inputs are stored, not seeds. What no line marks float64, int32 or uint8 is float32 and was computed in
+float32. metadata: versions, and in the family files "config", the config.json. Shapes as in model.py and
+graph.py: P tokens of all sequences, B sequences, C width, V vocabulary; N items, C features, k neighbours.
+
+gpt2, llama, gemma3_text .safetensors        a shaken checkpoint and what it computes; P = 39, B = 3
+    weight/NAME          as in the file      a tensor of model.safetensors under its Hugging Face name
+    weight/score.weight  (2, C)              classifier head, row 1 = "y is 1"; not part of the checkpoint
+    tokens, lengths      (P,), (B,) int32    sequences of 5, 13 and 21 tokens end to end, no padding
+    hidden.{i}           (P, C)              residual stream after block i, 0 = embeddings (and positions)
+    hidden.final         (P, C)              after the final norm
+    logits               (P, V)              of the language model's head
+    target               (B,)                soft labels w = P(y = 1)
+    loss                 ()                  mean over B of -(1 - w) log p_0 - w log p_1; p of score h,
+                                             h the last token's hidden.final, by softmax
+    gradient.NAME        like weight/NAME    d loss / d embedding, first query matrix (fused in gpt2), score
+
+    gpt2         LayerNorm, learned positions, (in, out) matrices, fused q k v, tanh GELU, tied head
+    llama        RMSNorm, 4 heads of 8 on width 20, 2 key/value heads, llama3 RoPE scaling (one channel kept,
+                 one blended, two slowed), SwiGLU, own head
+    gemma3_text  1 + w, norms before and after, q and k norms, scaled embedding, blocks 0 and 1 with a window
+                 of 6 tokens and a RoPE base of their own, block 2 linearly scaled, tied head, capped logits
+    Their eps is 1e-3, and a gain, bias or matrix is nowhere near its initial value: what is forgotten shows.
+
+graph.safetensors                            graph.py; row 11 of x is a twin of row 5, row 29 is zero
+    x, Y                 (97, 13), (97, 3)   features, labels
+    clamp                (97,) uint8         the anchors of F.clamped
+    METRIC.index         (97, 7) int32       for METRIC cosine and euclidean; ties: lower index first
+    METRIC.similarity    (97, 7)             cosine; 1 / (1 + distance)
+    S.crow, S.col        (98,), (E,) int32   CSR pattern of W and S, from cosine.*, gamma 3
+    W.value, S.value     (E,) float64
+    F.half, F.most       (97, 3) float64     alpha 0.5, 0.99
+    F.clamped            (97, 3) float64     alpha 0.9, rows of clamp held
+
+method.safetensors                           selw2s.py and data/report.py
+    probe.features       (60, 6)             column 4 is constant
+    probe.hard, .soft    (60,)               the two kinds of target
+    probe.fold           (60,) int32         rows held out together
+    hard.l2, soft.l2     () float64          penalty given
+    cv.l2                () float64          chosen on the folds, for probe.hard, from 10, 1, .3, .1, .03, .01
+    cv.held_out          (60,)               its out-of-fold probabilities, fitted to a gradient of 1e-5
+    cv.loss              ()                  and their cross-entropy
+    FIT.weight, FIT.bias (6,), () float64    for FIT hard, soft, cv: applies to raw features
+    FIT.p                (60,) float64       sigmoid(features weight + bias)
+    route.p_ik, .own, .weak  (12,)           P(IK), self-generated 0/1 and weak soft labels
+    route.tau            ()                  float32(0.7): one p_ik equals it, and is below a float64 0.7
+    route.label          (12,)               own where P(IK) >= tau, else weak
+    route.is_self        (12,) uint8
+    smooth.features      (40, 8)             centred before kNN
+    smooth.prior         (40,)               weak P(y = 1); Y = [1 - prior, prior]
+    smooth.p             (40,)               F_1 / (F_0 + F_1) for alpha 0.9, k 5, gamma 3
+    loss.p, loss.w       (16,)               student's P(y = 1), three tied at the cut; weak labels of sum 6.5
+    loss.fraction        (2,) float64        of the steps done
+    loss.log_confidence  (2, 16)             target at each fraction; 6.5 rounds to the even 6
+    loss.product         (16,)               the same at each fraction; item 0: yes + no = 0 gives 0
+    metric.p, metric.y   (57,)               many ties, some at exactly 1/2; truth 0/1
+    metric.{accuracy, auroc, brier, cross_entropy}  () float64
+    metric.ece           () float64          10 bins of equal count: seven of 6 items, three of 5
+    metric.accuracies    (3,) float64        of weak, student, ceiling
+    metric.pgr           () float64
+"""
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+import graph  # noqa: E402
+import model as M  # noqa: E402
+import selw2s  # noqa: E402
+from data import report  # noqa: E402
+
+CONFIGS = {
+    "gpt2": dict(vocab_size=53, n_positions=32, n_embd=24, n_layer=2, n_head=3, layer_norm_epsilon=1e-3,
+                 activation_function="gelu_new"),
+    "llama": dict(vocab_size=53, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+                  hidden_act="silu", rms_norm_eps=1e-3, tie_word_embeddings=False, rope_theta=100.0,
+                  rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                    original_max_position_embeddings=32)),
+    "gemma3_text": dict(vocab_size=53, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
+                        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=32,
+                        hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-3, query_pre_attn_scalar=24,
+                        sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+                        rope_theta=1000.0, rope_local_base_freq=50.0, final_logit_softcapping=8.0,
+                        pad_token_id=None,      # else transformers takes 0, whose embedding gets no gradient
+                        rope_scaling=dict(rope_type="linear", factor=8.0))}
+QUERY = {"gpt2": "transformer.h.0.attn.c_attn.weight"}      # the others name it as llama does
+LENGTHS = [5, 13, 21]
+
+
+def tensor(x):
+    return torch.from_numpy(np.asarray(x, np.float32))
+
+
+def checkpoint(config, rng):
+    """The tensors of model.safetensors, shaken: matrices N(0, 1 / fan in), gains and biases off 1 and 0."""
+    row, out = M.FAMILIES[config.family], {}
+    for source, names, shapes in M.tensors(config):
+        x = tensor(rng.randn(sum(shape[0] for shape in shapes), *shapes[0][1:]))
+        if x.ndim == 1:
+            x = 0.3 * x + float(source.endswith("weight") and not row.get("plus_one"))
+        elif names[0] in ("embed.weight", "pos.weight"):
+            x = x / 2 if config.tied else x
+        else:
+            x = x / x.shape[1] ** 0.5
+        name = source if names == ["head.weight"] else row["prefix"] + source
+        out[name] = (x.t() if M.turned(row, source, x) else x).contiguous()
+    return out
+
+
+def family(raw, rng):
+    """A family's file: checkpoint, input, and everything from the embeddings to the classifier's gradient."""
+    config = M.configure(raw)
+    weights = checkpoint(config, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(weights, Path(folder) / "model.safetensors")
+        params, _ = M.read_params(config, M.tensor_files(Path(folder)), "cpu", torch.float32)
+    weights["score.weight"] = tensor(rng.randn(2, config.width) / config.width ** 0.5)
+    tokens, target = torch.from_numpy(rng.randint(53, size=sum(LENGTHS))), tensor([0.2, 0.95, 0.6])
+    score, net = weights["score.weight"].clone(), M.Transformer(config, params)
+    for x in (score, *params.values()):
+        x.requires_grad_()
+    *states, final = net.packed(tokens, LENGTHS, (*range(config.layers + 1), None))
+    z = final[torch.tensor(LENGTHS).cumsum(0) - 1] @ score.T                    # (B, 2)
+    loss = -(torch.stack([1 - target, target], 1) * z.log_softmax(1)).sum(1).mean()
+    loss.backward()
+    row, gradients = M.FAMILIES[config.family], {name: x.grad for name, x in params.items()}
+    gradients = M.export(config, gradients | {"head.weight": params["embed.weight"]})   # its own is None
+    embed = row["prefix"] + row["names"]["embed"] + ".weight"
+    query = QUERY.get(config.family, "model.layers.0.self_attn.q_proj.weight")
+    return ({"weight/" + name: x for name, x in weights.items()}
+            | {f"hidden.{i}": x for i, x in enumerate(states)}
+            | {"hidden.final": final, "logits": net.logits(final), "target": target, "loss": loss,
+               "tokens": tokens.int(), "lengths": torch.tensor(LENGTHS).int(),
+               "gradient.score.weight": score.grad}
+            | {"gradient." + name: gradients[name] for name in (embed, query)})
+
+
+def graph_file(rng):
+    x, Y, clamp = tensor(rng.randn(97, 13)), tensor(rng.rand(97, 3)), torch.arange(97) % 5 == 0
+    x[11], x[29] = x[5], 0      # a twin; a row whose cosines are all 0, so that it is isolated
+    out = {"x": x, "Y": Y, "clamp": clamp.to(torch.uint8)}
+    for metric in ("cosine", "euclidean"):
+        index, similarity = graph.knn(x, 7, metric=metric)
+        out |= {f"{metric}.index": index.int(), f"{metric}.similarity": similarity}
+    W = graph.affinity(out["cosine.index"].long(), out["cosine.similarity"])
+    S = graph.normalise(W)
+    out |= {"S.crow": S.crow_indices().int(), "S.col": S.col_indices().int()}
+    out |= {"W.value": W.values(), "S.value": S.values()}
+    for name, alpha, held in (("half", 0.5, None), ("most", 0.99, None), ("clamped", 0.9, clamp)):
+        out[f"F.{name}"] = graph.propagate(S, Y, alpha, clamp=held, tol=1e-12).F
+    return out
+
+
+def probes(rng):
+    x = tensor(rng.randn(60, 6) * [1, 2, 0.5, 1, 0, 3] + [0, 1, 0, -2, 0.5, 0])
+    soft = torch.sigmoid(x @ tensor([3, -1.4, 0, 0.8, 0, 0.2]) + tensor(rng.randn(60)) + 3)
+    hard, fold = (soft > tensor(rng.rand(60))).float(), torch.from_numpy(rng.permutation(60) % 4)
+    out = {"probe.features": x, "probe.hard": hard, "probe.soft": soft, "probe.fold": fold.int()}
+    fits = {"hard": selw2s.fit_probe(x, hard, l2=0.05), "soft": selw2s.fit_probe(x, soft, l2=0.2),
+            "cv": selw2s.fit_probe(x, hard, fold=fold)}
+    for name, fit in fits.items():
+        out |= {f"{name}.weight": fit.weight, f"{name}.bias": fit.bias, f"{name}.p": fit.predict(x),
+                f"{name}.l2": torch.tensor(fit.l2, dtype=torch.float64)}
+    return out | {"cv.held_out": fits["cv"].held_out.float(),
+                  "cv.loss": torch.tensor(fits["cv"].loss)}
+
+
+def selection(rng):
+    p_ik, own, weak = tensor(rng.rand(12)), tensor(rng.randint(2, size=12)), tensor(rng.rand(12))
+    p_ik[7], own[7] = 0.7, 1
+    label, is_self = selw2s.route(p_ik, own, weak, 0.7)
+    x, prior = tensor(rng.randn(40, 8) + 2), tensor(rng.rand(40))
+    return {"route.p_ik": p_ik, "route.own": own, "route.weak": weak, "route.tau": torch.tensor(0.7),
+            "route.label": label, "route.is_self": is_self.to(torch.uint8), "smooth.features": x,
+            "smooth.prior": prior, "smooth.p": selw2s.smooth(x, prior, 0.9, 5, 3.0)}
+
+
+def losses():
+    w = tensor([16, 4, 11, 0, 9, 2, 14, 7, 3, 1, 12, 5, 8, 2, 6, 4]) / 16       # mean * 16 = 6.5 exactly
+    p = tensor([0, .31, .62, .08, .62, .45, .88, .5, .93, .21, .71, .62, .97, .12, .83, .55])
+    return {"loss.p": p, "loss.w": w, "loss.fraction": torch.tensor([0.05, 0.6], dtype=torch.float64),
+            "loss.log_confidence": torch.stack([selw2s.log_confidence(p, w, f) for f in (0.05, 0.6)]),
+            "loss.product": selw2s.product(p, w, 0.05)}
+
+
+def metrics(rng):
+    y = rng.randint(2, size=57)
+    p = tensor(np.round(np.clip(0.5 + 0.15 * (2 * y - 1) + 0.3 * rng.randn(57), 0, 1) * 16) / 16)
+    y, accuracies = tensor(y), (0.61, 0.68, 0.83)
+    numbers = {name: getattr(report, name)(p, y)
+               for name in ("accuracy", "auroc", "brier", "cross_entropy", "ece")}
+    numbers |= {"accuracies": accuracies, "pgr": report.pgr(*accuracies)}
+    return {"metric.p": p, "metric.y": y} | {
+        f"metric.{name}": torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
+
+
+def main(folder=HERE):
+    def save(name, file, **metadata):
+        file = {key: x.detach().contiguous() for key, x in file.items()}
+        save_file(file, Path(folder) / f"{name}.safetensors", metadata=versions | metadata)
+
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    for seed, (name, numbers) in enumerate(CONFIGS.items()):    # RandomState: its stream is frozen for good
+        raw = dict(model_type=name, **numbers)
+        save(name, family(raw, np.random.RandomState(seed)), config=json.dumps(raw))
+    save("graph", graph_file(np.random.RandomState(3)))
+    rng = np.random.RandomState(4)
+    save("method", probes(rng) | selection(rng) | losses() | metrics(rng))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
