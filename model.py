@@ -454,8 +454,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor. The file is opened for each, so that the pages of its memory map are given back at once."""
-    with open_tensors(path) as file:
-        x = file.get_tensor(name)
+    try:
+        with open_tensors(path) as file:
+            x = file.get_tensor(name)
+    except SafetensorError as error:  # a type that PyTorch has not
+        raise LoadError(f"tensor {name} in {path.name} cannot be read ({error}): use float32, float16 or "
+                        "bfloat16") from None
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise LoadError(f"tensor {name} is {x.dtype}: quantised checkpoints and other types are refused, use "
                         "float32, float16 or bfloat16")
@@ -731,13 +735,14 @@ class Tokenizer:
                 self.backend.add_special_tokens(QWEN_SPECIAL)
             else:
                 raise LoadError("no tokenizer.json there, nor vocab.json with merges.txt, nor qwen.tiktoken")
+            self.backend.no_padding()
+            self.backend.no_truncation()  # GPT-2's own file says 50 tokens
+            around = self.backend.encode("").ids  # what is put around a text need not be in the vocabulary
         except LoadError:
             raise
         except BaseException as error:
             raise damaged(error) from None
-        self.backend.no_padding()
-        self.backend.no_truncation()  # GPT-2's own file says 50 tokens
-        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.size = max([*self.backend.get_vocab(with_added_tokens=True).values(), *around], default=-1) + 1
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """special=False: without the tokens put around a text (BOS), for a text that continues another."""

@@ -140,7 +140,17 @@ def read(name: str, data_dir: str | None = None) -> Task:
     reader, held_out, licence = {"sciq": (sciq, "test", "CC BY-NC 3.0"),
                                  "boolq": (boolq, "dev", "CC BY-SA 3.0"),
                                  "cosmosqa": (cosmosqa, "valid", "CC BY 4.0")}[name]
-    train, test = list(reader("train", data_dir)), list(reader(held_out, data_dir))
+    try:
+        train, test = list(reader("train", data_dir)), list(reader(held_out, data_dir))
+        for q, _ in train + test:
+            "".join((q.context, q.question, *q.options)).encode()
+            if not 0 <= q.answer < len(q.options) or len(set(q.options)) < 2:
+                raise ValueError(f"answer {q.answer} of {q.options}")
+    except DataError:
+        raise
+    except Exception as error:                   # the hashes hold: only a new pin, of another format, leads here
+        raise DataError(f"{name}: the files are not in the official format ({error!r:.200}); "
+                        "check the pins in data/official.py") from None
     questions = grouped(train + test)
     _, digests, homes = zip(*(FILES[file] for file in FILES if file.startswith(name)))
     source = f"official release, {licence}: {' '.join(urls[0] for urls in homes)}"
