@@ -181,7 +181,8 @@ def _settle(a, b, own, k, found, dtype, chunk):
 def knn(x, k, *, queries=None, metric="cosine", block=None, tile=torch.float32):
     """The k nearest rows of x (N, d), exact: index (N, k) int64 and similarity (N, k), nearest first.
 
-    Ties go to the lower index. Without queries: neighbours of x's own rows, no row its own. With queries
+    Ties, of s rounded to the output's dtype (s: the cosine, or -distance^2 / 2), go to the lower index.
+    Without queries: neighbours of x's own rows, no row its own. With queries
     (Q, d): of these among the rows of x, none excluded. k is cut to the rows there are. metric "cosine" (of a
     zero row: 0) or "euclidean", whose similarity is 1 / (1 + distance): affinity weighs by inverse distance.
     Any real dtype; similarity float32, or float64 for float64 features. ValueError: not (N, d), empty, NaN,

@@ -16,8 +16,9 @@ I inner width of the MLP, V vocabulary, N items, Q questions, O options, n layer
 Packed layout: the tokens of a batch lie end to end, (P, C), and nothing is computed for padding; attention
 works on runs of sequences of one length, (B, H, T, D), where plain causal attention needs no mask.
 Parameters are a dict with one set of names for all families: embed pos norm head, layers.{i}.{norm1 q k v
-q_norm k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in). A part
-that a family lacks has no tensor, and the network passes it by.
+q_norm k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in), gains as
+they multiply (Gemma's files hold gain - 1). A part that a family lacks has no tensor, and the network passes
+it by.
 """
 import base64
 import itertools
@@ -135,10 +136,11 @@ GEMMA2 = but(
     numbers=dict(width=2304, layers=26, heads=8, kv_heads=4, inner=9216, scale=256, attn_cap=50.0,
                  logit_cap=30.0, window=4096), slides=lambda i, raw: i % 2 == 0)
 GEMMA3 = but(
-    GEMMA2, names=QK_NORM, numbers=dict(vocab=262208, context=131072, attn_cap=None, logit_cap=None, base=1e6,
+    GEMMA2, names=QK_NORM, numbers=dict(vocab=262208, context=131072, logit_cap=None, base=1e6,
                                         local_base=1e4),  # blocks with a window turn at a base of their own
     slides=lambda i, raw: (i + 1) % (raw.get("sliding_window_pattern") or 6) > 0,
     also="sliding_window_pattern _sliding_window_pattern")
+del GEMMA3["numbers"]["attn_cap"]  # Gemma3Attention takes no cap: a config that sets one is refused
 GPT2 = dict(
     prefix="transformer.", buffers=r"h\.\d+\.attn\.(masked_)?bias", layer_norm=True, biased="q k v o up down",
     names={"embed": "wte", "pos": "wpe", "norm": "ln_f", "head": "lm_head", "norm1": "h.{}.ln_1",
@@ -510,7 +512,8 @@ def turned(row: dict, source: str, x: torch.Tensor) -> bool:
 
 
 def export(c: Config, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """read_params backwards: the family's own names and layout, without the language model's head."""
+    """read_params backwards: the family's own names and layout; a head of the language model's own is read
+    but left out: a classifier has another."""
     row, out = FAMILIES[c.family], {}
     for source, names, _ in tensors(c):
         x = torch.cat([params[name] for name in names])
@@ -580,7 +583,8 @@ def rope_table(rope: tuple, position):
 
 
 def rotate(x, cos, sin):
-    """RoPE on the first R channels of every head; channel r and channel r + R / 2 are a pair. x (P, H, D)"""
+    """RoPE on the first R channels of every head; channels a = r and b = r + R / 2 are a pair, turned to
+    a cos - b sin, b cos + a sin. x (P, H, D)"""
     R = cos.shape[-1]
     part = x[..., :R].float() if R < x.shape[-1] else x.float()
     turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x.dtype)
@@ -588,8 +592,8 @@ def rotate(x, cos, sin):
 
 
 class AddRows(torch.autograd.Function):
-    """F.embedding whose gradient is added to the rows of the weight's own, which lies there already: another
-    (V, C) of zeros for each step costs a fifth of a small model's step."""
+    """F.embedding for a leaf whose .grad lies there already: the gradient is added to its rows. Another (V, C)
+    of zeros for each step costs a fifth of a small model's step."""
 
     @staticmethod
     def forward(ctx, weight, tokens):
@@ -607,6 +611,7 @@ class Transformer:
     (config.json), folder, revision (the hub's commit; None for a directory). Nothing here changes params."""
     raw, folder, revision = None, None, None
     recompute = False  # activation checkpointing, block by block
+    add_rows = False  # see AddRows
 
     def __init__(self, config: Config, params: dict[str, torch.Tensor]):
         self.config, self.params = config, params
@@ -675,8 +680,7 @@ class Transformer:
             raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the "
                              f"context of {c.context}")
         embed = self.params["embed.weight"]
-        add = embed.is_leaf and embed.grad is not None
-        x = AddRows.apply(embed, tokens) if add else F.embedding(tokens, embed)  # (P, C)
+        x = AddRows.apply(embed, tokens) if self.add_rows else F.embedding(tokens, embed)  # (P, C)
         if row.get("embed_scale"):
             x = x * torch.tensor(c.width ** 0.5, dtype=x.dtype)
         if "pos.weight" in self.params:
@@ -1039,7 +1043,7 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
         if features is not None:
             return F.linear(features[rows].float(), state["classifier.weight"])
         student = Transformer(model.config, model.params | state)
-        student.recompute = checkpoint
+        student.recompute, student.add_rows = checkpoint, state.get("embed.weight") is embed is not None
         tokens, lengths = pack([sequences[i] for i in rows], model.device)
         last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
         return F.linear(student.packed(tokens, lengths, keep=last)[0].float(), state["classifier.weight"])

@@ -148,6 +148,9 @@ HERE = Path(__file__).resolve().parent
 
 
 # ------------------------------------------------------------------------------------------------------ P(IK)
+L2_GRID = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+
+
 class Probe(NamedTuple):
     """A linear probe: P(y = 1 | features) = sigmoid(features @ weight + bias). Fields in float64."""
     weight: Tensor      # (C,)
@@ -202,8 +205,9 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
     """Linear probe: L2 logistic regression to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
 
     features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together
-    (groups must not straddle folds; default: five by position). l2=None: chosen by held-out cross-entropy.
-    Features are standardised inside; the returned weights apply to raw features."""
+    (groups must not straddle folds; default: five by position). l2=None: chosen of L2_GRID by held-out
+    cross-entropy, ties to the larger. Features are standardised inside, with mean and deviation (over N - 1)
+    of all rows, held-out ones too: they are not labels; the returned weights apply to raw features."""
     x, y = features.double(), target.double()
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (N, C + 1)
@@ -211,7 +215,7 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
     best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
     if l2 is None:
         candidates, warm = {}, {int(f): start for f in fold.unique()}
-        for trial in (10.0, 1.0, 0.3, 0.1, 0.03, 0.01):     # strong to weak: each fit starts from the last
+        for trial in L2_GRID:   # strong to weak: each fit starts from the last
             p = torch.empty_like(y)
             for f, w in warm.items():
                 warm[f] = w = logistic(x[fold != f], y[fold != f], trial, w, tol=1e-5)
@@ -228,7 +232,8 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
 def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Tensor, Tensor]:
     """The selection (paper, abstract): own label where P(IK) >= tau, weak label elsewhere [D4].
 
-    All (N,); tau a float or, for a per-item router, (N,). Returns (label (N,), is_self (N,) bool)."""
+    All (N,); tau a float, compared in p_ik's dtype, or, for a per-item router, (N,). Returns (label (N,),
+    is_self (N,) bool)."""
     is_self = p_ik >= tau
     return torch.where(is_self, self_label, weak_label), is_self
 
@@ -303,7 +308,8 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
 # -------------------------------------------------------------------------------------- targets of the losses
 def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
     """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
-    positive as the weak labels say; a grows linearly to a_max in the first fifth of steps, no jump."""
+    positive as the weak labels' sum says (rounded half to even; ties of p to the lower index); a grows
+    linearly to a_max in the first fifth of steps, no jump."""
     a = a_max * min(1.0, fraction / ramp)
     positives = int(round(float(w.mean()) * len(w)))
     hard = torch.zeros_like(w)
@@ -312,7 +318,8 @@ def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ra
 
 
 def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
-    """Target: student times weak probability, renormalised (Lang et al. 2025, arXiv 2501.13124)."""
+    """Target: student times weak probability, renormalised, at every fraction of the steps alike (Lang et al.
+    2025, arXiv 2501.13124)."""
     yes, no = p * w, (1 - p) * (1 - w)
     return yes / (yes + no).clamp_min(1e-12)
 
@@ -620,12 +627,16 @@ def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: 
     return pack(config, p, known, s, students(config, p, s, known.p_ik, strong, seed, stages, tell), seed)
 
 
+def homophily(p: Prepared, chosen: Smoothing) -> float:
+    """Share of neighbours on the graph of D_u that share the truth; for metrics."""
+    index, _ = neighbours(p.item[p.n_l:p.n_l + p.n_u, chosen.layer], chosen.k)
+    return float((hidden_truth(p)[index] == hidden_truth(p)[:, None]).double().mean())
+
+
 def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
     """One seed's arrays and choices, as named in items.npz, result.json; here metrics may read the truth."""
     n_l, n_u = p.n_l, p.n_u
     own_right, truth = judged_right(config, p), torch.tensor([float(row.label) for row in p.rows])
-    index, _ = neighbours(p.item[n_l:n_l + n_u, s.chosen_alone.layer], 10)
-    homophily = float((hidden_truth(p)[index] == hidden_truth(p)[:, None]).double().mean())
 
     def part(a, b, extra):
         arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_p": p.belief[a:b].amax(1).float(),
@@ -638,7 +649,8 @@ def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, see
                "smoothed_weak": s.smoothed_weak}
     return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2,
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
-            "homophily": homophily, "weights": {name: out[2] for name, out in done.items()},
+            "homophily": homophily(p, s.chosen_alone),
+            "weights": {name: out[2] for name, out in done.items()},
             "n": {"labelled": n_l, "transfer": n_u, "test": len(p.rows) - n_l - n_u},
             "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
             "transfer": part(n_l, n_l + n_u, sources | labels), "test": part(n_l + n_u, len(p.rows), {})}
@@ -662,6 +674,7 @@ def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed
     right = judged_right(config, p)
     return {"seed": seed, "auroc": auroc(p_ik[U], right[U]), "ece": ece(p_ik[U], right[U]), "tau": s.tau,
             "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(labels, truth[U]),
+            "homophily": homophily(p, s.chosen_alone),
             "accuracy": accuracy(out[p.n_u:], truth[p.n_l + p.n_u:])}
 
 

@@ -509,6 +509,7 @@ def test_refused_settings_of_other_families():
                           (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "RoPE scaling 'llama3'"),
                           (dict(model_type="opt", do_layer_norm_before=False), "do_layer_norm_before = False"),
                           (dict(model_type="gemma2", layer_types=["linear_attention"] * 26), "layer_types"),
+                          (dict(model_type="gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping"),
                           (dict(model_type="gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention")]:
         with pytest.raises(M.LoadError, match=message):
             M.configure(base | keys)
@@ -724,6 +725,21 @@ def test_gradients_are_the_whole_batch_s(case, tiny, steps, monkeypatch):
         assert f == h
         CLOSE(p, q, rtol=1e-4, atol=1e-5)
     assert case != "target_fn" or [f for _, f in seen] == [i / 6 for i in range(6)]
+
+
+def test_gradient_added_to_the_rows_is_the_embedding_s(tiny):
+    """Repeated tokens, two micro-batches, on top of what lies there; and finetune uses it for float32 weights alone."""
+    net, _ = M.load(tiny)
+    tokens, lengths = torch.tensor([5, 5, 7, 5, 9, 7]), [4, 2]
+    grads = []
+    for add in (False, True):
+        net.params["embed.weight"] = leaf = net.params["embed.weight"].detach().clone().requires_grad_()
+        leaf.grad, net.add_rows = torch.ones_like(leaf), add
+        for part, size in ((tokens[:4], lengths[:1]), (tokens[4:], lengths[1:])):
+            net.packed(part, size)[0].square().sum().backward()
+        grads.append(leaf.grad)
+    CLOSE(*grads)
+    assert (grads[0][[5, 7, 9]] != 1).any(1).all() and (grads[0][6] == 1).all()
 
 
 def test_given_targets_through_a_function_change_no_bit(tiny):
