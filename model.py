@@ -379,6 +379,11 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
                             "they do not belong together")
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise LoadError(f"{source}: does not fit into the memory of {device}: choose a smaller model or "
+                        "--dtype bfloat16") from None
     model = Transformer(config, params)
     model.raw, model.folder, model.revision = raw, folder, None if Path(source).is_dir() else folder.name
     count = sum(p.numel() for p in params.values()) / 1e6
@@ -592,8 +597,8 @@ def rotate(x, cos, sin):
 
 
 class AddRows(torch.autograd.Function):
-    """F.embedding for a leaf whose .grad lies there already: the gradient is added to its rows. Another (V, C)
-    of zeros for each step costs a fifth of a small model's step."""
+    """F.embedding for a leaf whose .grad lies there already: the gradient is added to its rows. Another
+    (V, C) of zeros for each step costs a fifth of a small model's step."""
 
     @staticmethod
     def forward(ctx, weight, tokens):

@@ -127,6 +127,8 @@ if __name__ == "__main__":  # --help and a wrong flag are answered before torch,
 import hashlib
 import json
 import os
+import shlex
+import textwrap
 import time
 from itertools import product as product_of, takewhile
 from pathlib import Path
@@ -138,8 +140,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data import DEMO, OFFICIAL, DataError, completion, fit, halves, items, load_task, prompt
+from data.figures import figures
 from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
-from data.report import analysis_table, diagnose, figures, summarise, table, write
+from data.report import analysis_table, diagnose, summarise, table, write
 from data.stages import Stages, counter, digest
 from graph import affinity, knn, normalise, propagate
 from model import Classifier, LoadError, TrainError, finetune, load, read
@@ -770,7 +773,10 @@ def run(config: Config) -> dict:
     if config.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    print("config    " + " ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
+    print(textwrap.fill("config    " + " ".join(
+        f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for name, v in asdict(config).items() if v != ""), 110, subsequent_indent=" " * 10,
+        break_long_words=False, break_on_hyphens=False))
     task = load_task(config.task, data_dir=config.data_dir or None)
     weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
     strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
@@ -787,7 +793,7 @@ def run(config: Config) -> dict:
     run_id = digest(identity, task.sha256, weak.sha256, strong.sha256, sources)[:12]
     folder = Path(config.out) / task.name / run_id
     result = {
-        "schema": 1, "command": "python selw2s.py " + " ".join(sys.argv[1:]), "config": asdict(config),
+        "schema": 1, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": asdict(config),
         "code": sources,
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},

@@ -1,12 +1,15 @@
-"""README, --help and code say the same. Run: pytest tests/test_docs.py (2 s)."""
+"""README, --help and code say the same. Run: pytest tests/test_docs.py (2 s; with CI=1 the demo too, 30 s)."""
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 
 import selw2s
 from conftest import ROOT
-from data import report
+from data import reference, report
 
 README = (ROOT / "README.md").read_text("utf-8")
 SOURCES = [ROOT / "selw2s.py", ROOT / "model.py", ROOT / "graph.py", *sorted((ROOT / "data").glob("*.py"))]
@@ -21,7 +24,7 @@ def test_decision_tags_of_code_and_readme_are_the_same():
 def test_every_flag_named_in_the_readme_exists():
     flags = {"--" + f.name.replace("_", "-") for f in fields(selw2s.Config)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"python -m venv.*", "", README))) - {"--help"}
-    assert named <= flags | {"--build", "--text", "--reference"}, named - flags
+    assert named <= flags | {"--build", "--text", "--run"}, named - flags
 
 
 def test_every_function_of_the_map_exists():
@@ -36,7 +39,48 @@ def test_every_function_of_the_map_exists():
 
 
 def test_generated_parts_of_the_readme_are_up_to_date():
-    assert report.readme(README) == README
+    assert reference.readme(README) == README
+
+
+def test_reference_runs_are_of_one_code_and_say_their_command():
+    runs = {name: reference.kept(name) for name in reference.REFERENCE}
+    assert all(runs.values()), [name for name, run in runs.items() if not run]
+    assert len({str(run["code"]) for run in runs.values()}) == 1
+    for name, run in runs.items():
+        flags = reference.REFERENCE[name][0]
+        assert run["finished"] and run["command"] == shlex.join(["python", "selw2s.py", *flags])
+    for name in reference.TASKS:
+        assert len(runs[name]["seeds"]) == 6 and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHOD_NAMES
+
+
+COMMANDS = [line.strip() for line in re.findall(r"^    (?:python|python3) .*", README, re.M)]
+
+
+def test_every_command_of_the_readme_is_understood():
+    mine = [command for command in COMMANDS if " selw2s.py " in command and "pip install" not in command]
+    assert len(mine) >= 7
+    for command in mine:
+        selw2s.parse(shlex.split(command.replace("mine.jsonl", "task.jsonl"))[2:])
+    installs = [command for command in COMMANDS if "pip install" in command]
+    assert len(installs) == 2 and installs[0].endswith("selw2s.py --task demo")
+
+
+@pytest.mark.slow
+def test_the_demo_prints_what_the_readme_shows(tmp_path):
+    """Line by line, but for numbers: those may differ in their last digits on another processor."""
+    command = [*reference.BARE.split("\n"), "--task", "demo", "--out", str(tmp_path)]
+    out = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    def words(text):
+        text = re.sub(r"written .*|out=\S+", "", text)
+        return [re.sub(r"[-+\d.,\[\]%()\s]+", " ", line).strip() for line in text.splitlines() if line.strip()]
+    shown = README.split("<!-- output -->")[1].split("<!-- end -->")[0]
+    assert words(out) == words(shown)
+
+
+def test_the_text_of_the_world_is_shown():
+    out = subprocess.run([sys.executable, "-m", "data.world"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(out.stdout.splitlines()) >= 40
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: f.name)

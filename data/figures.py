@@ -1,0 +1,204 @@
+"""Figures of a run, drawn from its result.json beside it, as SVG; matplotlib is needed, and only here."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.report import mean_of
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
+
+
+def figures(folder) -> list[str]:
+    """Draw a run folder's result.json as SVG beside it; returns the names. ImportError without matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    matplotlib.rcParams |= {"svg.hashsalt": "selw2s", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none"}
+    folder = Path(folder)
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    n, seeds = result["metrics"]["test_items"], len(result["seeds"])
+    synthetic = "synthetic demo world, " if result["data"]["name"].startswith("demo") else ""
+    caption = (f"{result['data']['name']}: {synthetic}{n:,} test items, {seeds} seed{'s' * (seeds > 1)}\n"
+               f"{result['command']}")
+    drawn = {"main.svg": draw_main, "p_ik.svg": draw_p_ik, "labels.svg": draw_labels}
+    if "selective" in result["metrics"]["methods"]:
+        drawn["pipeline.svg"] = draw_pipeline
+    if result["analysis"]:
+        drawn["analysis.svg"] = {"cross-task": draw_cross_task, "difficulty": draw_difficulty,
+                                 "sweep": draw_sweep}[result["config"]["analysis"]]
+    for name, draw in drawn.items():
+        figure = draw(plt, result)
+        figure.text(0.01, 1.01, caption, fontsize=7, color=GREY, ha="left", va="bottom")
+        figure.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
+    return list(drawn)
+
+
+def draw_pipeline(plt, result):
+    """The method's steps with the counts of this run on its arrows, means over seeds."""
+    seeds, methods = result["seeds"], result["metrics"]["methods"]
+    d = [seed["diagnostics"] for seed in seeds]
+    n = {part: round(np.mean([seed["n"][part] for seed in seeds])) for part in seeds[0]["n"]}
+    part = lambda source, rows: mean_of([x["label_accuracy"][source] for x in d], rows)     # noqa: E731
+    routed = mean_of(d, "coverage")
+    own = mean_of([x["p_ik"]["transfer"] for x in d], "own_right")
+    auc = mean_of([x["p_ik"]["transfer"] for x in d], "auroc")
+    boxes = {   # name: (x, y, text)
+        "data": (0, 1, f"1 questions\nD_l {n['labelled']:,}   D_u {n['transfer']:,}"),
+        "weak": (1.5, 2, f"2 weak supervisor\nlabels of D_u: {part('weak', 'all'):.0%} right"),
+        "own": (1.5, 0, f"3 strong model's own answers\n{own:.0%} of D_u's questions right"),
+        "know": (3.6, 0, f"4 P(IK), linear probe\nAUROC {auc:.2f} on D_u"),
+        "route": (3.6, 1, f"5 route: P(IK) >= tau?\nyes: {routed:.0%} of D_u"),
+        "smooth": (3.6, 2, f"6 smooth on the kNN graph\nthe others: {part('weak', 'unrouted'):.0%} -> "
+                           f"{part('refined', 'unrouted'):.0%} right"),
+        "student": (5.4, 1, f"7 student\nlabels: {part('label/selective', 'all'):.0%} right\n"
+                            f"test accuracy {methods['selective']['accuracy']:.3f}")}
+    arrows = (("data", "weak", "D_l with truth"), ("data", "own", ""), ("own", "know", "hidden states"),
+              ("know", "route", ""), ("weak", "smooth", "soft labels"), ("route", "smooth", ""),
+              ("route", "student", f"own labels:\n{part('own', 'routed'):.0%} right"),
+              ("smooth", "student", "weak labels"))
+    figure, ax = plt.subplots(figsize=(11, 3.4))
+    drawn = {name: ax.text(x, y, text, fontsize=8, ha="center", va="center", linespacing=1.4, bbox=dict(
+        boxstyle="round,pad=0.5", facecolor="white", linewidth=1.5,
+        edgecolor=ORANGE if name in ("know", "route", "smooth") else BLUE))
+        for name, (x, y, text) in boxes.items()}
+    ax.set(xlim=(-0.6, 6.1), ylim=(-0.4, 2.4))
+    figure.canvas.draw()    # only now the boxes have a size, and arrows can end at their edges
+    for a, b, label in arrows:
+        (x0, y0, _), (x1, y1, _) = boxes[a], boxes[b]
+        ax.annotate("", (x1, y1), (x0, y0), arrowprops=dict(
+            arrowstyle="-|>", color=GREY, shrinkA=0, shrinkB=0, patchA=drawn[a].get_bbox_patch(),
+            patchB=drawn[b].get_bbox_patch()))
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.13, label, fontsize=7, ha="center", va="bottom")
+    ax.axis("off")
+    return figure
+
+
+def draw_main(plt, result):
+    """Every method's accuracy, 95 % interval and a stroke per seed, between weak model and ceiling."""
+    methods = result["metrics"]["methods"]
+    names = [m for m in methods if m not in ("weak", "ceiling")]
+    figure, axes = plt.subplots(figsize=(7, 0.32 * len(names) + 1.1))
+    for name, style, side in (("weak", ":", "right"), ("ceiling", "--", "left")):
+        if name in methods:
+            axes.axvline(methods[name]["accuracy"], color=GREY, linestyle=style, linewidth=1)
+            axes.text(methods[name]["accuracy"], -0.75, f" {name} ", ha=side, va="bottom", color=GREY)
+    for row, name in enumerate(names):
+        m, colour = methods[name], ORANGE if name == "selective" else BLUE
+        axes.plot(m["ci95"], [row, row], color=colour, linewidth=2)
+        axes.plot(m["accuracy"], row, "o", color=colour, markersize=7)
+        axes.plot(m["per_seed"], [row] * len(m["per_seed"]), "|", color="black", markersize=6,
+                  markeredgewidth=0.8)
+        if m["pgr"] is not None:
+            axes.text(1.01, row, f"PGR {m['pgr']:.2f}", transform=axes.get_yaxis_transform(), va="center",
+                      color=colour)
+    axes.set_yticks(range(len(names)),
+                    [m if methods[m]["attainable"] else m + " (not attainable)" for m in names])
+    axes.set_ylim(len(names) - 0.4, -0.8)
+    axes.set_xlabel("accuracy on test (bar: 95 % interval over items and seeds; strokes: seeds; "
+                    "axis does not start at 0)")
+    return figure
+
+
+def draw_p_ik(plt, result):
+    """Reliability diagram and risk-coverage curve of P(IK) on test, one line per seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
+    for seed in result["seeds"]:
+        p = seed["diagnostics"]["p_ik"]["test"]
+        left.plot([b[0] for b in p["reliability"]], [b[1] for b in p["reliability"]], ".-", color=BLUE,
+                  alpha=0.6, linewidth=1)
+        right.plot(*zip(*p["risk_coverage"]), color=BLUE, alpha=0.6, linewidth=1)
+    left.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+    left.set(xlabel="P(IK)", ylabel="share of own answers that are right", xlim=(0, 1), ylim=(0, 1))
+    aurocs = [s["diagnostics"]["p_ik"]["test"]["auroc"] for s in result["seeds"]]
+    mean = np.mean([a for a in aurocs if a is not None] or [np.nan])
+    left.set_title(f"reliability, ten bins of equal count (AUROC {mean:.2f})", fontsize=9)
+    right.set(xlabel="coverage: questions by falling P(IK)", ylabel="share of own answers wrong",
+              xlim=(0, 1), ylim=(0, None))
+    right.set_title("risk and coverage", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def draw_labels(plt, result):
+    """How right the labels of D_u are, by source: on the routed part, on the rest, and over all."""
+    names = ("weak", "own", "smoothed_weak", "refined", "label/selective")
+    rows = [s["diagnostics"]["label_accuracy"] for s in result["seeds"]]
+    names = [name for name in names if name in rows[0]]
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(names) + 1))
+    for part, colour, mark in (("all", "black", "o"), ("routed", ORANGE, "^"), ("unrouted", BLUE, "v")):
+        values = [[row[name][part] for row in rows if row[name][part] is not None] for name in names]
+        axes.plot([np.mean(v) if v else np.nan for v in values], range(len(names)), mark, color=colour,
+                  linestyle="", label=part)
+    share = np.mean([s["diagnostics"]["coverage"] for s in result["seeds"]])
+    axes.set_yticks(range(len(names)), [name.removeprefix("label/").replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=f"part of D_u\n(routed: {share:.0%})")
+    axes.set_xlabel("share of labels that are right (axis does not start at 0)")
+    return figure
+
+
+def draw_cross_task(plt, result):
+    """A matrix per measure: P(IK) trained on the row's task, used on the column's."""
+    rows = result["analysis"]
+    names = list(dict.fromkeys(title.split(" -> ")[0] for title in rows))
+    measures = {"auroc": "AUROC of P(IK) on D_u", "accuracy": "accuracy of the selective student"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for ax, (key, title) in zip(axes, measures.items()):
+        grid = np.array([[mean_of(rows[f"{a} -> {b}"], key) for b in names] for a in names])
+        image = ax.imshow(grid, cmap="Greys", vmin=0.5, vmax=1)
+        for (i, j), value in np.ndenumerate(grid):
+            colour = "white" if value > 0.78 else "black"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+        ax.set_xticks(range(len(names)), [f"used on\n{name}" for name in names], fontsize=6)
+        ax.set_yticks(range(len(names)), [f"trained on\n{name}" for name in names], fontsize=6)
+        ax.set_title(title, fontsize=9)
+        ax.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def draw_difficulty(plt, result):
+    """AUROC of P(IK) on easy and hard questions of D_u, by what it was trained on; a small mark per seed."""
+    rows = result["analysis"]
+    figure, ax = plt.subplots(figsize=(7, 0.5 * len(rows) + 1))
+    for part, colour, mark, shift in (("easy", BLUE, "o", -0.12), ("hard", ORANGE, "^", 0.12)):
+        for i, metrics in enumerate(rows.values()):
+            values = [m[f"auroc_on_{part}"] for m in metrics if m[f"auroc_on_{part}"] is not None]
+            ax.plot(values, [i + shift] * len(values), mark, color=colour, alpha=0.3, markersize=4)
+            ax.plot(np.mean(values) if values else np.nan, i + shift, mark, color=colour, markersize=8,
+                    label=f"on {part} questions" if i == 0 else None)
+    ax.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel("AUROC of P(IK) on D_u (dotted: chance; large marks: mean over seeds)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_sweep(plt, result):
+    """Labels, student and the graph's homophily as tau, alpha and k vary; a small mark per seed."""
+    rows = result["analysis"]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
+    for ax, flag in zip(axes, ("tau", "alpha", "k")):
+        chosen = {title.split()[1]: row for title, row in rows.items() if title.split()[0] == flag}
+        keys = [("label_accuracy", ORANGE, "^", "labels right"), ("accuracy", BLUE, "o", "student right")]
+        keys += [("homophily", "black", "s", "homophily")] * (flag == "k")
+        for key, colour, mark, label in keys:
+            for i, metrics in enumerate(chosen.values()):
+                ax.plot([i] * len(metrics), [m[key] for m in metrics], mark, color=colour, alpha=0.3,
+                        markersize=3)
+            ax.plot([mean_of(metrics, key) for metrics in chosen.values()], mark + "-", color=colour,
+                    label=label)
+        off = rows["alpha 0 (graph-only)"]
+        if flag != "tau":
+            ax.axhline(mean_of(off, "label_accuracy"), color=GREY, linestyle=":", linewidth=1,
+                       label="labels, no smoothing")
+        ax.set_xticks(range(len(chosen)), list(chosen), fontsize=7)
+        ax.set_xlabel({"tau": "tau (route-only)", "alpha": "alpha (graph-only, k 10)",
+                       "k": "k (graph-only, alpha 0.7)"}[flag])
+    axes[0].set_ylabel("share (axis does not start at 0)")
+    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
