@@ -42,6 +42,17 @@ def test_generated_parts_of_the_readme_are_up_to_date():
     assert reference.readme(README) == README
 
 
+@pytest.mark.parametrize("name", [name for name, (_, files) in reference.REFERENCE.items() if len(files) > 1])
+def test_figures_follow_from_the_result_files(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    from data.figures import figures
+    kept = reference.RESULTS / name
+    (tmp_path / "result.json").write_bytes((kept / "result.json").read_bytes())
+    drawn = figures(tmp_path)
+    for file in kept.glob("*.svg"):
+        assert file.name in drawn and (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_reference_runs_are_of_one_code_and_say_their_command():
     runs = {name: reference.kept(name) for name in reference.REFERENCE}
     assert all(runs.values()), [name for name, run in runs.items() if not run]

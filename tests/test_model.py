@@ -873,10 +873,12 @@ def test_hub(tiny, tmp_path):
     no network at all, and offline mode with a full and with an empty cache."""
     def ask(*sources, **env):
         env = os.environ | dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
-                                NO_PROXY="127.0.0.1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1") | env
+                                NO_PROXY="127.0.0.1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1",
+                                HF_TOKEN="hf_" + "secret" * 6) | env
         run = subprocess.run([sys.executable, "-c", SCRIPT, *sources], cwd=Path(M.__file__).parent, env=env, text=True,
                              capture_output=True, timeout=120)
         assert run.returncode == 0, run.stderr
+        assert "secret" not in run.stdout + run.stderr
         return {line[0]: line[1:] for line in map(json.loads, [r for r in run.stdout.splitlines() if r[0] == "["])}
 
     Hub.folder, Hub.log = tiny, []

@@ -143,6 +143,25 @@ def test_another_process_and_a_cold_cache_give_the_same_bits(full, tiny, tmp_pat
     assert other["metrics"] == json.loads(json.dumps(result["metrics"]))
 
 
+def test_other_batch_budgets_agree_to_1e_5(full, tiny, tmp_path, monkeypatch):
+    """Micro-batches of a few sequences for training, reading and predicting instead of the defaults."""
+    from functools import partial
+    import model
+    result, out = full
+    monkeypatch.setattr(selw2s, "finetune", partial(selw2s.finetune, batch_tokens=150))
+    monkeypatch.setattr(selw2s, "read", partial(selw2s.read, batch_tokens=150))
+    real = model.Classifier.predict
+    monkeypatch.setattr(model.Classifier, "predict", lambda self, ask: real(self, ask, batch_tokens=150))
+    other = go(tiny, tmp_path, "--methods", "all", "--seeds", "0", "1")
+    a, b = arrays(result, out), arrays(other, tmp_path)
+    differ = 0
+    for key in a:
+        if a[key].dtype.kind == "f":
+            np.testing.assert_allclose(b[key], a[key], rtol=0, atol=1e-5, err_msg=key)
+            differ += (a[key] != b[key]).any()
+    assert differ > 10                                  # it did run otherwise
+
+
 def test_what_changes_the_result_changes_the_key(tiny, tmp_path):
     def names(*flags):
         result = go(tiny, tmp_path, "--methods", "naive", *flags)
