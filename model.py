@@ -434,7 +434,7 @@ def read_json(path: Path) -> dict:
 def open_tensors(path: Path):
     try:
         return safe_open(path, "pt")
-    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a zero byte in a shard's name
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise LoadError(f"{path.name}: missing, truncated or damaged ({error}); download it again") from None
 
 

@@ -209,6 +209,8 @@ CHECKPOINTS = {
         lambda s: {k: ".." for k in s})),
     "index with a zero byte": (r"missing, truncated or damaged", lambda b: b.shards(
         lambda s: {k: "a\0b" for k in s})),
+    "index with half a character": (r"missing, truncated or damaged", lambda b: b.shards(
+        lambda s: {k: "\ud800" for k in s})),
     "index naming a missing file": (r"model-2\.safetensors: missing", lambda b: b.shards(
         lambda s: {k: "model-2.safetensors" for k in s})),
     "index that names too much": (r"disagree, first on '?zz", lambda b: b.shards(
@@ -271,6 +273,8 @@ CONFIGS = {
         "original_max_position_embeddings": 64})),
     "tied a word": (r"config\.json: tie_word_embeddings = 'false'",
           lambda b: b.json(tie_word_embeddings="false")),
+    "sliding window off by a word": (r"use_sliding_window = 'false' .*true or false", lambda b: b.json(
+        model_type="qwen2", num_key_value_heads=2, use_sliding_window="false")),
     "names that disagree": (r"disagree", lambda b: b.json(num_layers=2)),
 }
 TOKENIZERS = {
@@ -311,6 +315,7 @@ TOKENIZERS = {
     "settings a list": (r"tokenizer_config\.json: not a JSON object", lambda b: (
         b.vocab_and_merges(), b.text("tokenizer_config.json", "[]"))),
     "qwen: bad base64": (r"qwen\.tiktoken:257", lambda b: b.tiktoken(b"!!! 256")),
+    "qwen: a letter that base64 has not": (r"qwen\.tiktoken:257", lambda b: b.tiktoken(b"Y!WI= 256")),
     "qwen: no rank": (r"qwen\.tiktoken:257", lambda b: b.tiktoken(b"YWI=")),
     "qwen: rank no number": (r"qwen\.tiktoken:257", lambda b: b.tiktoken(b"YWI= x")),
     "qwen: rank negative": (r"qwen\.tiktoken:257", lambda b: b.tiktoken(b"YWI= -1")),

@@ -187,8 +187,8 @@ def damaged_bytes(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 DEEP, TWICE = "<deep>", "<twice>"     # in the text they become deep nesting, and a key that was there already
 ODD = [None, True, False, 0, 1, -1, 2, 3, 7, 10 ** 6, 10 ** 9, 2 ** 31, 2 ** 32 - 1, 2 ** 63, 2 ** 64,
        10 ** 30, 10 ** 400, 0.0, 0.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, "", " ", "0", "x",
-       "llama", "\0", "\ud800", "a\nb\x1b[2J", "x" * 5000, "caf\u00e9", [], {}, [[]], [None], {"": {}}, [0] * 300,
-       [1, "a"], DEEP]
+       "llama", "\0", "\ud800", "a\nb\x1b[2J", "x" * 5000, "caf\u00e9", [], {}, [[]], [None], {"": {}},
+       [0] * 300, [1, "a"], DEEP]
 
 
 def damaged_json(rng: random.Random, value) -> tuple[bytes, str]:
