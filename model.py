@@ -49,7 +49,7 @@ class LoadError(ValueError):
 
 
 class TrainError(ValueError):
-    """A finetuning run that cannot go on: one line saying at which step, and what to do."""
+    """A finetuning run or a reading that cannot go on: one line saying where, and what to do."""
 
 
 # ---- families: names in a table, numbers from config.json --------------------------------------------------
@@ -868,8 +868,11 @@ def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], 
         try:
             work(rows)
         except RuntimeError as error:
-            if not out_of_memory(error) or len(rows) == 1:
+            if not out_of_memory(error):
                 raise
+            if len(rows) == 1:
+                raise TrainError(f"out of memory with one sequence of {lengths[rows[0]]} tokens: use a "
+                                 "smaller model, or a device with more memory") from None
             todo += [rows[len(rows) // 2:], rows[:len(rows) // 2]]
 
 

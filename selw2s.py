@@ -89,6 +89,39 @@ class Config:
     out: str = option("runs", "results and the stage cache go here", metavar="DIR")
 
 
+LIMITS = {  # flag: can its value be used (NaN compares false), what it must be
+    "tau": (lambda x: 0 <= x < 1e9, "a number from 0 (above 1: never the own label)"),
+    "alpha": (lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "k": (lambda x: type(x) is int and x > 0, "a whole number from 1"),
+    "gamma": (lambda x: 0 <= x < 1e9, "a number from 0"),
+    "lr": (lambda x: 0 < x < float("inf"), "a positive number"),
+    "epochs": (lambda x: x > 0, "1 or more"), "batch": (lambda x: x > 0, "1 or more"),
+    "shots": (lambda x: x >= 0, "0 or more"), "limit": (lambda x: x >= 0, "0 or more"),
+    "seeds": (lambda x: all(0 <= s < 2 ** 63 for s in x) and len(set(x)) == len(x),
+              "different numbers from 0")}
+
+
+def wrong(config: Config) -> str:
+    """The first value that cannot be used and what it must be; "" if all can. Types count too: the
+    configuration may come from a file."""
+    for f in fields(Config):
+        value, (good, need) = getattr(config, f.name), LIMITS.get(f.name, (lambda x: True, ""))
+        if value == f.default:
+            continue
+        if choices := f.metadata.get("choices"):
+            good = lambda x: set(x if f.type == "tuple" else [x]) <= set(choices)       # noqa: E731
+            need = "of " + ", ".join(map(str, choices))
+        try:
+            fine = (f.type == "object" or type(value).__name__ == f.type) and good(value)
+        except TypeError:
+            fine = False
+        if not fine:
+            return f"--{f.name.replace('_', '-')} {value!r:.40}: must be {need or f.type}"
+    if config.keep and config.keep not in config.methods:
+        return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
+    return ""
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """Config from the command line; a wrong flag ends the program with one line and exit code 2."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -111,6 +144,8 @@ def parse(argv: list[str] | None = None) -> Config:
         values["methods"] = METHOD_NAMES
     values["methods"] = tuple(m for m in METHOD_NAMES if m == "weak" or m in values["methods"])
     config = Config(**{**values, "task": "demo-sciq" if values["task"] == "demo" else values["task"]})
+    if problem := wrong(config):
+        parser.error(problem)
     if config.rerun:
         return config
     if not config.task.startswith("demo-") and not (config.weak and config.strong):
@@ -468,6 +503,8 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
     labelled, transfer = halves(drawn, task.train, protocol=config.protocol, seed=seed)
     test = items(task.test, protocol=config.protocol, seed=seed if config.protocol == "openai" else 0)
     rows, n_l, n_u = labelled + transfer + test, len(labelled), len(transfer)
+    if config.shots > n_l // 2:
+        raise DataError(f"--shots {config.shots} would use up D_l, which has {n_l} items: at most half")
     truth = torch.tensor([float(item.label) for item in labelled])
     texts = [row.text for row in rows]
     tell(f"1 split    {n_l:,} labelled, {n_u:,} transfer, {len(test):,} test items   "
@@ -770,6 +807,10 @@ def run(config: Config) -> dict:
 
     def tell(line: str):
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {config.out}: {error.strerror}; choose another folder") from None
     if config.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -816,6 +857,9 @@ def run(config: Config) -> dict:
     return result
 
 
+INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
+
+
 def rerun(config: Config) -> None:
     """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what
     differs of the inputs (code, data, models, environment), which is where to look."""
@@ -823,11 +867,13 @@ def rerun(config: Config) -> None:
         old = json.loads(Path(config.rerun).read_text("utf-8"))
         recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
         again = Config(**recorded | {"out": config.out, "data_dir": config.data_dir or recorded["data_dir"]})
-        methods = old["metrics"]["methods"]
+        methods, before = old["metrics"]["methods"], {part: old[part] for part in INPUTS}
+        if problem := wrong(again):
+            raise ValueError(problem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
     new = json.loads(json.dumps(run(again)))
-    moved = [part for part in ("code", "data", "models", "env") if old[part] != new[part]]
+    moved = [part for part in INPUTS if before[part] != new[part]]
     differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
     if differ:
         raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
@@ -842,7 +888,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         (rerun if config.rerun else run)(config)
         return 0
-    except (LoadError, DataError, TrainError) as error:
+    except (LoadError, DataError, TrainError, ArithmeticError) as error:
         print(f"selw2s: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:

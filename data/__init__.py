@@ -153,6 +153,9 @@ def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) 
         return q
     seen = {q.group for q in task.test} if apart else ()
     train = [q for q in task.train if q.group not in seen]
+    if task.train and not train:
+        raise DataError(f"{task.name}: no training question is left: test asks them all or has their "
+                        "passages; give others, in other groups")
     before = train[:limit or None] + task.test[:limit or None]
     after = [cut(q) for q in before]
     counts = {"left_out": len(task.train) - len(train), "cut": sum(a is not b for a, b in zip(before, after))}

@@ -168,7 +168,7 @@ def summarise(runs: list[dict], methods) -> dict:
 
 def table(metrics: dict) -> str:
     """The final table, one row per method."""
-    span = lambda ci, scale=1: f"[{ci[0] * scale:.3f}, {ci[1] * scale:.3f}]" if ci else "-"     # noqa: E731
+    span = lambda ci: f"[{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "-"      # noqa: E731
     lines = [f"{'method':16}{'accuracy':>9}  {'95 % interval':16} {'PGR':>6}  {'95 % interval':17}"
              f"{'- naive':>8}  {'95 % interval':17}{'labels right':>13}{'truth used':>11}"]
     for name, r in metrics["methods"].items():

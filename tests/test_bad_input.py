@@ -449,14 +449,6 @@ ENVIRONMENT = {
 GROUPS = {"checkpoint": CHECKPOINTS, "config": CONFIGS, "tokenizer": TOKENIZERS, "hub": HUB, "data": DATA,
           "flags": FLAGS, "environment": ENVIRONMENT}
 TABLE = {f"{group}: {name}": row for group, rows in GROUPS.items() for name, row in rows.items()}
-NEEDS_CLI = [       # wait for a check in selw2s.py
-    "data: test asks what training asks", "flags: seeds that repeat", "flags: more shots than questions",
-    "flags: keep of a method that is not run", "flags: rerun with a nonsense value",
-    *(f"flags: --{flag}" for flag in (
-        "tau=nan tau=inf tau=-0.1 tau=1e400 alpha=nan alpha=inf alpha=-0.1 alpha=1 alpha=1.5 k=0 k=-3 k=2.5 "
-        "k=nan lr=0 lr=-1e-3 lr=nan lr=inf gamma=nan gamma=inf gamma=-1 epochs=0 epochs=-1 batch=0 batch=-8 "
-        "limit=-1 shots=-1 seeds=-1 seeds=99999999999999999999").split())]
-assert set(NEEDS_CLI) <= set(TABLE)
 
 
 @pytest.fixture
@@ -472,8 +464,6 @@ def box(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_one_clear_line(name, box, capfd):
-    if name in NEEDS_CLI:
-        pytest.skip("needs a check in selw2s.py")
     message, damage = TABLE[name]
     damage(box)
     signal.alarm(60)                                # a hang is a failure too

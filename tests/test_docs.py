@@ -35,7 +35,7 @@ def test_every_function_of_the_map_exists():
     named = re.findall(r"`(data|selw2s|model|graph|report)\.(?!py)(\w+)`", README)
     assert len(named) > 15
     for module, name in named:
-        assert callable(getattr(modules[module], name)), (module, name)
+        assert hasattr(modules[module], name), (module, name)
 
 
 def test_generated_parts_of_the_readme_are_up_to_date():

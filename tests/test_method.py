@@ -76,6 +76,13 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
     lo, hi = large["methods"]["naive"]["pgr_ci95"]
     assert 0.3 < lo < 0.5 < hi < 0.7
     assert [large["methods"][m]["ground_truth_labels"] for m in methods] == [5, 7, 5]
+    below = s.summarise([fake(0.7, 0.6, 0.5), fake(0.7, 0.62, 0.5)], methods)       # the ceiling under the weak model
+    assert below["pgr_defined"] is False and below["gap"]["mean"] == pytest.approx(-0.2)
+    rows = below["methods"]
+    assert "minus_naive" not in rows["naive"] and rows["naive"]["attainable"] and rows["weak"]["attainable"]
+    close(rows["weak"]["minus_naive"]["mean"], 0.09, 1e-9)
+    close(rows["ceiling"]["minus_naive"]["mean"], -0.11, 1e-9)
+    assert rows["ceiling"]["minus_naive"]["smallest_p"] == 0.5 and rows["naive"]["per_seed"] == [0.6, 0.62]
 
 
 # ------------------------------------------------------------------------------------------------------ probe

@@ -630,6 +630,9 @@ def test_out_of_memory_halves_a_batch(tiny, monkeypatch):
     want, real = M.hidden_at(net, sequences), M.Transformer.packed
     monkeypatch.setattr(M.Transformer, "packed", small_memory(real, 40))
     CLOSE(M.hidden_at(net, sequences), want)
+    monkeypatch.setattr(M.Transformer, "packed", small_memory(real, 5))
+    with pytest.raises(M.TrainError, match=f"out of memory with one sequence of {max(map(len, sequences))} tokens"):
+        M.hidden_at(net, sequences)
 
 
 def small_memory(real, most):
