@@ -316,16 +316,20 @@ class Smoothing(NamedTuple):
     after: float | None
 
 
-def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor,
+def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, half: Tensor,
                      config: Config) -> Smoothing:
     """alpha, k, layer that make the given rows' labels on D_l most accurate; alpha = 0 unless one does [D6].
 
     features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that
-    would be smoothed. A candidate must beat no smoothing by two standard errors of the paired difference, or
-    smoothing stays off: the best of many noisy candidates looks better than it is."""
+    would be smoothed; half (N,) int: which model labelled a row. Each half has a graph of its own, as all
+    labels of D_u come from one model: to smooth two models' errors into each other flatters smoothing. A
+    candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
+    the best of many noisy candidates looks better than it is."""
+    parts = [(half == h).nonzero()[:, 0] for h in half.unique()]
     alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
     ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
-    ks = tuple(k for k in ks if k < len(prior)) or (len(prior) - 1,)
+    least = min(map(len, parts))
+    ks = tuple(k for k in ks if k < least) or (least - 1,)
     if rows.sum() < 2:
         return Smoothing(0, 0.0, ks[0], None, None)
     right = ((prior > 0.5) == (truth > 0.5))[rows].double()
@@ -334,8 +338,12 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
         return best
     best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is always used
     for layer in range(features.shape[1]):
-        graph = neighbours(features[:, layer], max(ks))
-        for (alpha, k), p in smoothed(graph, prior, alphas, ks, config.gamma).items():
+        found = {(alpha, k): prior.clone() for alpha in alphas for k in ks}
+        for part in parts:
+            graph = neighbours(features[part.to(features.device), layer], max(ks))
+            for candidate, p in smoothed(graph, prior[part], alphas, ks, config.gamma).items():
+                found[candidate][part] = p
+        for (alpha, k), p in found.items():
             gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
             bar = 2 * gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
             if gain.mean() > bar and right.mean() + gain.mean() > best.after:
@@ -485,6 +493,7 @@ class Prepared(NamedTuple):
     ids: list           # N token sequences for the strong model
     truth: Tensor       # (n_l,) labels of D_l
     cross: Tensor       # (n_l,) cross-fitted weak P(y = 1)
+    half: Tensor        # (n_l,) 0 or 1: the half of D_l that the row is in, and the other one's model labelled
     weak: Tensor        # (n_u + test,) weak P(y = 1)
     weak_weights: str   # hash of the weak supervisor
     own: Tensor         # (N,) self-generated label, 0/1
@@ -514,8 +523,10 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
     supervisor = trained("weak", weak, ids[:n_l], truth, ids[n_l:], config, seed, stages)
     # cross: the only view of weak errors that owns truth
     cross, at = torch.empty(n_l), {item.id: i for i, item in enumerate(labelled)}
-    folds = [[at[item.id] for item in half]
-             for half in halves(labelled, task.train, protocol="paper", seed=seed)]
+    folds = [[at[item.id] for item in part]
+             for part in halves(labelled, task.train, protocol="paper", seed=seed)]
+    half = torch.zeros(n_l, dtype=torch.int8)
+    half[folds[1]] = 1
     for i, (fit, ask) in enumerate((folds, folds[::-1])):
         cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth[fit], [ids[j] for j in ask],
                              config, seed, stages)["p"]
@@ -531,9 +542,9 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
          f"(one pass over {len(rows):,} questions)")
     group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
     fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
-    return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, supervisor["p"],
-                    hexed(supervisor), told.own, told.belief, gold, told.prompt, told.item, fold,
-                    torch.tensor([q not in shots for q in asked[:n_l]]))
+    return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, half,
+                    supervisor["p"], hexed(supervisor), told.own, told.belief, gold, told.prompt, told.item,
+                    fold, torch.tensor([q not in shots for q in asked[:n_l]]))
 
 
 class Known(NamedTuple):
@@ -580,8 +591,8 @@ def select(config: Config, p: Prepared, p_ik: Tensor, tau: float | str | None = 
 
     prior, prior_l = (routed, routed_l) if config.anchors else (weak, p.cross)                      # [D5]
     item_l, item_u = p.item[L].to(config.device), p.item[U].to(config.device)
-    chosen = choose_smoothing(item_l, prior_l, p.truth, ~is_self_l, config)                         # [D6]
-    alone = choose_smoothing(item_l, p.cross, p.truth, torch.ones_like(is_self_l), config)
+    chosen = choose_smoothing(item_l, prior_l, p.truth, ~is_self_l, p.half, config)                 # [D6]
+    alone = choose_smoothing(item_l, p.cross, p.truth, torch.ones_like(is_self_l), p.half, config)
     refined = smooth(item_u[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
     smoothed_weak = smooth(item_u[:, alone.layer], weak, alone.alpha, alone.k, config.gamma)
     selective = torch.where(is_self, p.own[U], refined)

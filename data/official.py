@@ -148,7 +148,7 @@ def read(name: str, data_dir: str | None = None) -> Task:
                 raise ValueError(f"answer {q.answer} of {q.options}")
     except DataError:
         raise
-    except Exception as error:                   # the hashes hold: only a new pin, of another format, leads
+    except Exception as error:                   # as the hashes hold, only another pin can lead here
         raise DataError(f"{name}: the files are not in the official format ({error!r:.200}); "
                         "check the pins in data/official.py") from None
     questions = grouped(train + test)

@@ -157,18 +157,32 @@ def test_smoothing_repairs_random_errors_where_neighbours_share_the_truth():
     assert s.smooth(x, prior, 0.0, 10, 3.0) is prior
 
 
+HALF = torch.arange(300) // 2 % 2       # both classes in each
+
+
+def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
+    """One half's model says yes to all, the other's no: mixed on one graph they look repaired, which no D_u can be."""
+    x, _, truth = clusters()
+    g = torch.Generator().manual_seed(2)
+    prior = 0.5 + 0.2 * (HALF * 2 - 1) + 0.25 * (truth - 0.5) * torch.rand(300, generator=g)
+    mixed = s.smooth(x, prior, 0.97, 10, 3.0)
+    assert s.accuracy(prior, truth) == 0.5 and s.accuracy(mixed, truth) > 0.9
+    chosen = s.choose_smoothing(x[:, None], prior, truth, torch.ones(300, dtype=torch.bool), HALF, s.Config())
+    assert chosen.alpha == 0 and chosen.after == 0.5
+
+
 def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
     config = s.Config()
     x, prior, truth = clusters()
     everything = torch.ones(300, dtype=torch.bool)
-    good = s.choose_smoothing(x[:, None], prior, truth, everything, config)
+    good = s.choose_smoothing(x[:, None], prior, truth, everything, HALF, config)
     assert good.alpha > 0 and good.after > good.before + 0.1
     shuffled = truth[torch.randperm(300, generator=torch.Generator().manual_seed(5))]
     flipped = torch.rand(300, generator=torch.Generator().manual_seed(6)) < 0.2
     prior = torch.where(flipped, 1 - shuffled, shuffled)
-    bad = s.choose_smoothing(x[:, None], prior, shuffled, everything, config)
+    bad = s.choose_smoothing(x[:, None], prior, shuffled, everything, HALF, config)
     assert bad.alpha == 0 and bad.after == bad.before
-    forced = s.choose_smoothing(x[:, None], prior, shuffled, everything, s.Config(alpha=0.9, k=10))
+    forced = s.choose_smoothing(x[:, None], prior, shuffled, everything, HALF, s.Config(alpha=0.9, k=10))
     assert forced.alpha == 0.9 and forced.k == 10 and forced.after < forced.before
 
 
@@ -176,7 +190,7 @@ def test_the_right_layer_is_chosen():
     x, prior, truth = clusters()
     junk = torch.randn(300, 17, generator=torch.Generator().manual_seed(9))
     everything = torch.ones(300, dtype=torch.bool)
-    chosen = s.choose_smoothing(torch.stack([junk, x], 1), prior, truth, everything, s.Config())
+    chosen = s.choose_smoothing(torch.stack([junk, x], 1), prior, truth, everything, HALF, s.Config())
     assert chosen.layer == 1
 
 
