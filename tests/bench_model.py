@@ -1,10 +1,13 @@
-"""Real tokens per second of model.py and of transformers (sdpa, batches of 32 padded to the longest, attention mask).
+"""Real tokens per second of model.py and of transformers (sdpa, batches of 32 padded to the longest,
+attention mask).
 
-Run: python tests/bench_model.py [--pairs 5] [--threads 2] [--shapes gpt2 llama] [--lengths sciq cosmosqa 24 96]
-Same weights, same process, runs of both in turn; a line gives the medians and the median ratio of the pairs. Hidden
-states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the same batches of
-32 in the same order, both sides timed from the end of their first step. Lengths are those of real items of ../shared/data
-in GPT-2 tokens, or one number for all. `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
+Run: python tests/bench_model.py [--pairs 5] [--threads 2] [--shapes gpt2 llama]
+                                 [--lengths sciq cosmosqa 24 96]
+Same weights, same process, runs of both in turn; a line gives the medians and the median ratio of the pairs.
+Hidden states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the
+same batches of 32 in the same order, both sides timed from the end of their first step. Lengths are those of
+real items of ../shared/data in GPT-2 tokens, or one number for all.
+`--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
 given `--peak` (TFLOP/s). About 10 minutes on two idle cores.
 """
 import argparse
@@ -31,10 +34,12 @@ import model as M  # noqa: E402
 SHARED = ROOT.parent / "shared"
 SHAPES = {
     "gpt2": ("gpt2", dict(n_embd=384, n_layer=6, n_head=6)),
-    "llama": ("llama", dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-                            num_key_value_heads=6, vocab_size=50257, max_position_embeddings=1024)),
-    "1b": ("llama", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                         num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)),
+    "llama": ("llama", dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
+                            num_attention_heads=6, num_key_value_heads=6, vocab_size=50257,
+                            max_position_embeddings=1024)),
+    "1b": ("llama", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                         num_attention_heads=32, num_key_value_heads=4, vocab_size=32000,
+                         max_position_embeddings=2048)),
 }
 
 
@@ -46,7 +51,8 @@ def lengths(kind: str, items: int) -> list[int]:
     if kind == "sciq":
         with zipfile.ZipFile(SHARED / "data/sciq/SciQ.zip") as file:
             for q in json.loads(file.read("SciQ dataset-2 3/train.json")):
-                answer = rng.choice([q["correct_answer"], q["distractor1"], q["distractor2"], q["distractor3"]])
+                answer = rng.choice([q["correct_answer"], q["distractor1"], q["distractor2"],
+                                     q["distractor3"]])
                 texts.append(f"Q: {q['question']} A: {answer}")
     else:
         with open(SHARED / "data/cosmosqa/valid.csv", encoding="utf-8", newline="") as file:
@@ -111,7 +117,8 @@ def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs):
     ratios = sorted(x / y for x, y in seconds)
     used = f", {flops * tokens / b / peak / 1e10:.1f} % of peak" if peak else ""
     print(f"{name:28s} transformers {tokens / a:9.0f}  model.py {tokens / b:9.0f} tokens/s  ratio "
-          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}", flush=True)
+          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}",
+          flush=True)
 
 
 def main():
@@ -127,7 +134,8 @@ def main():
     p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
     p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
     p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
-    p.add_argument("--cpu-time", action="store_true", help="count CPU seconds, for a machine that others use (one thread)")
+    p.add_argument("--cpu-time", action="store_true",
+                   help="count CPU seconds, for a machine that others use (one thread)")
     a = p.parse_args()
     clock = time.process_time if a.cpu_time else time.perf_counter
     torch.set_num_threads(a.threads)
@@ -148,15 +156,18 @@ def main():
         weights = sum(x.numel() for name, x in ours.params.items() if name.startswith("layers"))
         for length in a.lengths:
             g = torch.Generator().manual_seed(1)
-            sequences = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in lengths(length, a.items)]
+            sequences = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist()
+                         for n in lengths(length, a.items)]
             targets = torch.rand(a.items, generator=g)
             theirs.net.load_state_dict(start)
             error = (M.hidden_at(ours, sequences[:64]) - theirs.hidden(sequences[:64])).float().abs().max()
             assert error < (1e-4 if a.dtype == "float32" else 0.1), error
             padded = sum(32 * max(map(len, sequences[i:i + 32])) for i in range(0, a.items, 32))
-            print(f"{shape} {length}: {a.items} items, padding costs {padded / sum(map(len, sequences)):.2f} x")
+            print(f"{shape} {length}: {a.items} items, "
+                  f"padding costs {padded / sum(map(len, sequences)):.2f} x")
             order = torch.randperm(a.items, generator=torch.Generator().manual_seed(0)).split(32)
-            pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak, a.device, clock,
+            pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak,
+                  a.device, clock,
                   lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),
                   lambda tick: theirs.hidden(sequences))
             timed_tokens = sum(len(sequences[i]) for rows in order[1:] for i in rows)

@@ -1,4 +1,7 @@
-"""README, --help and code say the same. Run: pytest tests/test_docs.py (2 s; with CI=1 the demo too, 30 s)."""
+"""README, --help and code say the same.
+
+Run: pytest tests/test_docs.py (2 s; with CI=1 the demo too, 30 s).
+"""
 import re
 import shlex
 import subprocess
@@ -61,7 +64,8 @@ def test_reference_runs_are_of_one_code_and_say_their_command():
         flags = reference.REFERENCE[name][0]
         assert run["finished"] and run["command"] == shlex.join(["python", "selw2s.py", *flags])
     for name in reference.TASKS:
-        assert len(runs[name]["seeds"]) == 6 and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHOD_NAMES
+        assert (len(runs[name]["seeds"]) == 6
+                and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHOD_NAMES)
 
 
 COMMANDS = [line.strip() for line in re.findall(r"^    (?:python|python3) .*", README, re.M)]
@@ -80,17 +84,20 @@ def test_every_command_of_the_readme_is_understood():
 def test_the_demo_prints_what_the_readme_shows(tmp_path):
     """Line by line, but for numbers: those may differ in their last digits on another processor."""
     command = [*reference.BARE.split("\n"), "--task", "demo", "--out", str(tmp_path)]
-    out = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout
 
     def words(text):
         text = re.sub(r"written .*|out=\S+", "", text)
-        return [re.sub(r"[-+\d.,\[\]%()\s]+", " ", line).strip() for line in text.splitlines() if line.strip()]
+        return [re.sub(r"[-+\d.,\[\]%()\s]+", " ", line).strip()
+                for line in text.splitlines() if line.strip()]
     shown = README.split("<!-- output -->")[1].split("<!-- end -->")[0]
     assert words(out) == words(shown)
 
 
 def test_the_text_of_the_world_is_shown():
-    out = subprocess.run([sys.executable, "-m", "data.world"], cwd=ROOT, capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-m", "data.world"], cwd=ROOT, capture_output=True, text=True,
+                         check=True)
     assert len(out.stdout.splitlines()) >= 40
 
 
@@ -103,12 +110,15 @@ def test_width_and_leftovers(file):
 
 def test_sizes(capsys):
     with capsys.disabled():
-        print("\nlines: " + ", ".join(f"{f.relative_to(ROOT)} {len(f.read_text('utf-8').splitlines())}" for f in SOURCES))
+        print("\nlines: " + ", ".join(f"{f.relative_to(ROOT)} {len(f.read_text('utf-8').splitlines())}"
+                                      for f in SOURCES))
 
 
 def test_top_level_is_the_design_cards():
     import subprocess
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if tracked:
-        names = {path.split("/")[0] for path in tracked if not path.startswith(".") and not path.startswith("LICENSE")}
-        assert names == {"selw2s.py", "model.py", "graph.py", "data", "tests", "requirements.txt", "README.md"}
+        names = {path.split("/")[0] for path in tracked
+                 if not path.startswith(".") and not path.startswith("LICENSE")}
+        assert names == {"selw2s.py", "model.py", "graph.py", "data", "tests", "requirements.txt",
+                         "README.md"}

@@ -327,7 +327,7 @@ def test_symmetries(problem, alpha):
     """Swap the classes or renumber the nodes, and F follows; no column sees another; F is linear."""
     S, Y = problem
     F = graph.propagate(S, Y, alpha, tol=1e-10).F
-    exact, close = dict(rtol=0, atol=1e-12), dict(rtol=0, atol=1e-9)      # alpha 0.99: 200 times float64's eps
+    exact, close = dict(rtol=0, atol=1e-12), dict(rtol=0, atol=1e-9)  # alpha 0.99: 200 times float64's eps
     torch.testing.assert_close(graph.propagate(S, Y.flip(1), alpha, tol=1e-10).F, F.flip(1), **exact)
     torch.testing.assert_close(graph.propagate(S, Y[:, :1], alpha, tol=1e-10).F, F[:, :1], **exact)
     order = torch.randperm(len(Y), generator=rng(len(Y)))

@@ -76,7 +76,8 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
     lo, hi = large["methods"]["naive"]["pgr_ci95"]
     assert 0.3 < lo < 0.5 < hi < 0.7
     assert [large["methods"][m]["ground_truth_labels"] for m in methods] == [5, 7, 5]
-    below = s.summarise([fake(0.7, 0.6, 0.5), fake(0.7, 0.62, 0.5)], methods)       # the ceiling under the weak model
+    # the ceiling under the weak model
+    below = s.summarise([fake(0.7, 0.6, 0.5), fake(0.7, 0.62, 0.5)], methods)
     assert below["pgr_defined"] is False and below["gap"]["mean"] == pytest.approx(-0.2)
     rows = below["methods"]
     assert "minus_naive" not in rows["naive"] and rows["naive"]["attainable"] and rows["weak"]["attainable"]
@@ -161,7 +162,8 @@ HALF = torch.arange(300) // 2 % 2       # both classes in each
 
 
 def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
-    """One half's model says yes to all, the other's no: mixed on one graph they look repaired, which no D_u can be."""
+    """One half's model says yes to all, the other's no: mixed on one graph they look repaired, which no D_u
+    can be."""
     x, _, truth = clusters()
     g = torch.Generator().manual_seed(2)
     prior = 0.5 + 0.2 * (HALF * 2 - 1) + 0.25 * (truth - 0.5) * torch.rand(300, generator=g)
@@ -263,13 +265,13 @@ def test_interrupted_stage_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --------------------------------------------------------------------------------------------------- diagnostics
+# ------------------------------------------------------------------------------------------------ diagnostics
 def diagnosed():
     """Eight test items, worked out by hand: y, weak p, student p, ceiling p."""
     y = np.array([1, 1, 1, 1, 0, 0, 0, 0.0])
-    weak = np.array([.9, .6, .2, .1, .1, .4, .8, .9])       # right: 0 1 4 5; doubtful (within 1/4 of 1/2): 1, 5
-    naive = np.array([.8, .9, .1, .6, .2, .8, .9, .4])      # right: 0 1 3 4 7; wrong: 2 5 6
-    ceiling = np.array([.9, .9, .9, .6, .1, .1, .9, .3])    # right: all but 6; known (3/4 sure): 0 1 2 4 5
+    weak = np.array([.9, .6, .2, .1, .1, .4, .8, .9])     # right: 0 1 4 5; doubtful (within 1/4 of 1/2): 1, 5
+    naive = np.array([.8, .9, .1, .6, .2, .8, .9, .4])    # right: 0 1 3 4 7; wrong: 2 5 6
+    ceiling = np.array([.9, .9, .9, .6, .1, .1, .9, .3])  # right: all but 6; known (3/4 sure): 0 1 2 4 5
     part = {"id": np.arange(8).astype(str), "truth": y, "own": y, "own_p": weak, "own_right": y, "p_ik": weak,
             "p/weak": weak, "p/naive": naive, "p/ceiling": ceiling}
     transfer = part | {"weak": weak, "is_self": np.array([True] * 2 + [False] * 6), "refined": naive,
@@ -288,10 +290,11 @@ def test_label_accuracy_by_source_on_routed_and_unrouted_items():
 
 def test_known_and_unknown_imitation_and_misfit_by_hand():
     naive = diagnosed()["methods"]["naive"]
-    # wrong: 2 (.1, sure, weak .2 sure: imitates), 5 (.8, sure, weak .4 says no), 6 (.9, sure, weak .8 sure: imitates)
+    # wrong: 2 (.1, sure, weak .2 sure: imitates), 5 (.8, sure, weak .4 says no),
+    # 6 (.9, sure, weak .8 sure: imitates)
     close(naive["confident_wrong_that_imitate_weak"], 2 / 3, 1e-7)
     close(naive["errors_strong_knew"], 2 / 3, 1e-7)         # 2 and 5
-    close(naive["blind"], 1 / 2, 1e-7)                      # of 2 and 5, which the ceiling gets right: weak doubts 5
+    close(naive["blind"], 1 / 2, 1e-7)      # of 2 and 5, which the ceiling gets right: weak doubts 5
     assert {key: row["n"] for key, row in naive["known"].items()} == {
         "known-strong known-weak": 3, "known-strong unknown-weak": 2,
         "unknown-strong known-weak": 3, "unknown-strong unknown-weak": 0}
@@ -307,4 +310,5 @@ def test_known_and_unknown_imitation_and_misfit_by_hand():
 def test_risk_coverage_orders_by_p_ik():
     curve = diagnosed()["p_ik"]["test"]["risk_coverage"]
     assert curve[-1][0] == 1.0 and curve[-1][1] == pytest.approx(0.5)
-    assert curve[0][0] == 1 / 8 and curve[0][1] == 0.0      # the surest question: p .9, the first of two, is right
+    # the surest question: p .9, the first of two, is right
+    assert curve[0][0] == 1 / 8 and curve[0][1] == 0.0

@@ -1,8 +1,11 @@
-"""model.py against transformers and against itself. Run: pytest tests/test_model.py (about 40 s on two cores).
+"""model.py against transformers and against itself.
 
-Parity goes through saved files with shaken weights (at the usual initialisation most mistakes are invisible), on ragged
-right-padded batches longer than every window, for every layer, the logits and all gradients, at assert_close's defaults.
-Each fact of the family table is then flipped once and parity must fail. Real files are read from ../shared when it is there.
+Run: pytest tests/test_model.py (about 40 s on two cores).
+
+Parity goes through saved files with shaken weights (at the usual initialisation most mistakes are invisible),
+on ragged right-padded batches longer than every window, for every layer, the logits and all gradients, at
+assert_close's defaults. Each fact of the family table is then flipped once and parity must fail. Real files
+are read from ../shared when it is there.
 """
 import copy
 import dataclasses
@@ -30,13 +33,18 @@ transformers.utils.logging.disable_progress_bar()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CLOSE = torch.testing.assert_close
 
-# sizes: no two alike where it matters, grouped heads (two groups of three), head_dim * heads != width, window < T
+# sizes: no two alike where it matters, grouped heads (two groups of three), head_dim * heads != width,
+# window < T
 SIZE = dict(vocab_size=101, hidden_size=42, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-PLAIN = {k: v for k, v in SIZE.items() if k not in ("num_key_value_heads", "head_dim")} | dict(hidden_size=48, num_attention_heads=3)
-GPT2 = dict(vocab_size=101, n_positions=64, n_embd=40, n_layer=3, n_head=5, bos_token_id=None, eos_token_id=None)
-NEO = dict(vocab_size=101, max_position_embeddings=64, hidden_size=40, num_layers=3, num_heads=5, window_size=8,
-           attention_types=[[["global", "local"], 1], [["local"], 1]], bos_token_id=None, eos_token_id=None)
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=64, pad_token_id=None,
+            bos_token_id=None, eos_token_id=None)
+PLAIN = {k: v for k, v in SIZE.items() if k not in ("num_key_value_heads", "head_dim")} | dict(
+    hidden_size=48, num_attention_heads=3)
+GPT2 = dict(vocab_size=101, n_positions=64, n_embd=40, n_layer=3, n_head=5, bos_token_id=None,
+            eos_token_id=None)
+NEO = dict(vocab_size=101, max_position_embeddings=64, hidden_size=40, num_layers=3, num_heads=5,
+           window_size=8, attention_types=[[["global", "local"], 1], [["local"], 1]], bos_token_id=None,
+           eos_token_id=None)
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
 ALTERNATE = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=8)
@@ -46,29 +54,37 @@ VARIANTS = {  # name: (model_type, transformers configuration)
     "gpt2-erf": ("gpt2", GPT2 | dict(activation_function="gelu", n_inner=56, tie_word_embeddings=False)),
     "gpt_neo": ("gpt_neo", NEO),
     "gpt_neox": ("gpt_neox", PLAIN | dict(rotary_pct=0.5)),
-    "gpt_neox-serial": ("gpt_neox", PLAIN | dict(use_parallel_residual=False, hidden_act="gelu_fast", attention_bias=False)),
-    "opt": ("opt", {k: v for k, v in PLAIN.items() if k != "intermediate_size"} | dict(ffn_dim=56, word_embed_proj_dim=48)),
+    "gpt_neox-serial": ("gpt_neox", PLAIN | dict(use_parallel_residual=False, hidden_act="gelu_fast",
+                                                 attention_bias=False)),
+    "opt": ("opt", {k: v for k, v in PLAIN.items() if k != "intermediate_size"} | dict(
+        ffn_dim=56, word_embed_proj_dim=48)),
     "llama": ("llama", SIZE),
-    "llama-biased": ("llama", SIZE | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-5)),
+    "llama-biased": ("llama", SIZE | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+                                          rms_norm_eps=1e-5)),
     "llama-llama3": ("llama", SIZE | dict(rope_parameters=LLAMA3)),
-    "llama-linear": ("llama", SIZE | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=5e4))),
+    "llama-linear": ("llama", SIZE | dict(rope_parameters=dict(rope_type="linear", factor=4.0,
+                                                               rope_theta=5e4))),
     "mistral": ("mistral", SIZE | dict(sliding_window=8)),
     "mistral-full": ("mistral", SIZE | dict(sliding_window=None)),
     "qwen2": ("qwen2", SIZE | dict(sliding_window=8, use_sliding_window=False)),
     "qwen2-window": ("qwen2", SIZE | dict(sliding_window=8, use_sliding_window=True, max_window_layers=1)),
     "qwen3": ("qwen3", SIZE),
     "gemma": ("gemma", SIZE),
-    "gemma2": ("gemma2", SIZE | ALTERNATE | dict(query_pre_attn_scalar=24, attn_logit_softcapping=3.0, final_logit_softcapping=5.0)),
+    "gemma2": ("gemma2", SIZE | ALTERNATE | dict(query_pre_attn_scalar=24, attn_logit_softcapping=3.0,
+                                                 final_logit_softcapping=5.0)),
     "gemma3_text": ("gemma3_text", SIZE | ALTERNATE | dict(query_pre_attn_scalar=24, rope_parameters=dict(
-        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6), sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
+        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+        sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
     "olmo2": ("olmo2", SIZE),
     "phi3": ("phi3", SIZE | dict(sliding_window=8)),
-    "qwen": ("qwen2", PLAIN | dict(num_key_value_heads=3)),  # transformers has no class for it: see first_generation
+    # transformers has no class for it: see first_generation
+    "qwen": ("qwen2", PLAIN | dict(num_key_value_heads=3)),
 }
 
 
 def shake(net):
-    """Weights as far from their initial values as keeps activations of size one: nothing may sit at 0 or 1."""
+    """Weights as far from their initial values as keeps activations of size one: nothing may sit at 0
+    or 1."""
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -76,9 +92,11 @@ def shake(net):
             if p.ndim == 1:
                 p += 0.3 * noise
             elif re.search(r"embed|wte|wpe", name):
-                p.copy_(noise / 2 if net.config.tie_word_embeddings else noise)  # large logits have large rounding errors
+                # large logits have large rounding errors
+                p.copy_(noise / 2 if net.config.tie_word_embeddings else noise)
             else:
-                p.copy_(noise / (p.shape[0] if re.search(r"\bh\..*c_(attn|proj|fc)", name) else p.shape[1]) ** 0.5)
+                p.copy_(noise / (p.shape[0] if re.search(r"\bh\..*c_(attn|proj|fc)", name)
+                                 else p.shape[1]) ** 0.5)
 
 
 def first_generation(folder):
@@ -88,16 +106,20 @@ def first_generation(folder):
     names = {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head"}
     for i in range(3):
         a, b = f"model.layers.{i}.", f"transformer.h.{i}."
-        names |= {a + "input_layernorm": b + "ln_1", a + "post_attention_layernorm": b + "ln_2", a + "self_attn.o_proj": b + "attn.c_proj",
-                  a + "mlp.up_proj": b + "mlp.w1", a + "mlp.gate_proj": b + "mlp.w2", a + "mlp.down_proj": b + "mlp.c_proj"}
+        names |= {a + "input_layernorm": b + "ln_1", a + "post_attention_layernorm": b + "ln_2",
+                  a + "self_attn.o_proj": b + "attn.c_proj", a + "mlp.up_proj": b + "mlp.w1",
+                  a + "mlp.gate_proj": b + "mlp.w2", a + "mlp.down_proj": b + "mlp.c_proj"}
         for kind in ("weight", "bias"):
-            new[f"{b}attn.c_attn.{kind}"] = torch.cat([old.pop(f"{a}self_attn.{part}_proj.{kind}") for part in "qkv"])
+            new[f"{b}attn.c_attn.{kind}"] = torch.cat([old.pop(f"{a}self_attn.{part}_proj.{kind}")
+                                                       for part in "qkv"])
     new |= {names[name.rpartition(".")[0]] + ".weight": x for name, x in old.items()}
     save_file(new, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(
-        model_type="qwen", vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, kv_channels=16, seq_length=64,
-        max_position_embeddings=128, intermediate_size=112, layer_norm_epsilon=raw["rms_norm_eps"], rotary_emb_base=10000, rotary_pct=1.0,
-        no_bias=True, use_logn_attn=True, use_dynamic_ntk=True, use_flash_attn="auto", bf16=True, tie_word_embeddings=False)))
+        model_type="qwen", vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=3,
+        kv_channels=16, seq_length=64, max_position_embeddings=128, intermediate_size=112,
+        layer_norm_epsilon=raw["rms_norm_eps"], rotary_emb_base=10000, rotary_pct=1.0, no_bias=True,
+        use_logn_attn=True, use_dynamic_ntk=True, use_flash_attn="auto", bf16=True,
+        tie_word_embeddings=False)))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +143,8 @@ PULL = torch.randn(4, 43, 101, generator=torch.Generator().manual_seed(2)) / REA
 
 def tokenizer_file(folder, ids=3):
     from tokenizers import Tokenizer, models
-    Tokenizer(models.WordLevel({str(i): i for i in range(ids)}, unk_token="0")).save(str(folder / "tokenizer.json"))
+    Tokenizer(models.WordLevel({str(i): i for i in range(ids)}, unk_token="0")).save(
+        str(folder / "tokenizer.json"))
 
 
 def save(net, folder, variant, **kwargs):
@@ -138,7 +161,8 @@ def compute(variant, folder):
     shake(net)
     save(net, folder, variant, max_shard_size="20KB" if variant == "llama" else "5GB")
     row, caught = M.FAMILIES[kind], []
-    net.get_submodule(row["prefix"] + row["names"]["norm"]).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    net.get_submodule(row["prefix"] + row["names"]["norm"]).register_forward_pre_hook(
+        lambda _, args: caught.append(args[0]))
     out = net(TOKENS, attention_mask=REAL.long(), output_hidden_states=True)
     states = [x[REAL] for x in (*out.hidden_states[:-1], caught[0], out.hidden_states[-1], out.logits)]
     (out.logits * PULL)[REAL].sum().backward()
@@ -324,15 +348,19 @@ def shared(*parts):
     return path
 
 
-REFUSED = {"bigscience__bloom-560m": "model_type 'bloom'", "tiiuae__falcon-7b": "model_type 'RefinedWebModel'",
-           "microsoft__phi-1": "model_type 'phi'", "OpenAssistant__oasst-rm-pythia-1.4b": "model_type 'gpt_neox_reward_model'",
-           "gpt2_gptq-4bit_variant": "quantised", "hf-internal-testing__tiny-random-gpt2": "intermediate_size and n_inner disagree"}
+REFUSED = {"bigscience__bloom-560m": "model_type 'bloom'",
+           "tiiuae__falcon-7b": "model_type 'RefinedWebModel'",
+           "microsoft__phi-1": "model_type 'phi'",
+           "OpenAssistant__oasst-rm-pythia-1.4b": "model_type 'gpt_neox_reward_model'",
+           "gpt2_gptq-4bit_variant": "quantised",
+           "hf-internal-testing__tiny-random-gpt2": "intermediate_size and n_inner disagree"}
 HUB = sorted(p.parent.name for p in SHARED.glob("hub/*/config.json")) or ["none here"]
 
 
 @pytest.mark.parametrize("name", HUB)
 def test_real_config(name):
-    """A real config.json gives the parameter count that transformers has for it, or a refusal with the reason."""
+    """A real config.json gives the parameter count that transformers has for it, or a refusal with the
+    reason."""
     raw = json.loads(shared("hub", name, "config.json").read_text())
     if name in REFUSED:
         with pytest.raises(M.LoadError, match=REFUSED[name]):
@@ -346,13 +374,14 @@ def test_real_config(name):
 
 def test_real_index():
     raw = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded", "config.json").read_text())
-    index = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded", "model.safetensors.index.json").read_text())
+    index = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded",
+                              "model.safetensors.index.json").read_text())
     prefix = M.FAMILIES["llama"]["prefix"]
     assert {prefix + source for source, _, _ in M.tensors(M.configure(raw))} == set(index["weight_map"])
 
 
-STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, "
-         "red ball. She wanted to play with it, but it was too high")
+STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+         "One day, she saw a big, red ball. She wanted to play with it, but it was too high")
 
 
 def test_real_model_continues_its_story():
@@ -365,14 +394,20 @@ def test_real_model_continues_its_story():
     assert tokenizer.encode([STORY]) == [ids[1:]]
 
 
-AWKWARD = ["", " ", "  two", "a  b   c", "\n", "a\n\nb \n", "\t x", "Hello world", " hello", "it's they'll WE'RE", "1234567890 3.14",
-           "naïve café", "e\u0301", "日本語のテキスト", "中文，标点。", "🙂👩‍👩‍👧", "مرحبا", "<|endoftext|>", "a<|endoftext|>b", "<|im_start|>user", "</s> <s>",
-           "foo_bar(x)[0] != {y};", "http://a.b/c?d=e&f", "A" * 40, "\u200b\ufeff", "Q: what? A: yes", "...!!!", "½ ² ①", "\r\n\r\n  x"]
+AWKWARD = ["", " ", "  two", "a  b   c", "\n", "a\n\nb \n", "\t x", "Hello world", " hello",
+           "it's they'll WE'RE", "1234567890 3.14",
+           "naïve café", "e\u0301", "日本語のテキスト", "中文，标点。",
+           "🙂👩‍👩‍👧", "مرحبا",
+           "<|endoftext|>", "a<|endoftext|>b", "<|im_start|>user", "</s> <s>",
+           "foo_bar(x)[0] != {y};", "http://a.b/c?d=e&f", "A" * 40, "\u200b\ufeff", "Q: what? A: yes",
+           "...!!!", "½ ² ①", "\r\n\r\n  x"]
 
 
 @pytest.mark.parametrize("files, family", [
-    ("hub/tokenizers/gpt2 tokenizer.json", "gpt2"), ("hub/tokenizers/gpt-neox-20b tokenizer.json", "gpt_neox"),
-    ("hub/tokenizers/gpt2 vocab.json merges.txt", "gpt2"), ("hub/Qwen__Qwen2.5-0.5B vocab.json merges.txt tokenizer_config.json", "qwen2"),
+    ("hub/tokenizers/gpt2 tokenizer.json", "gpt2"),
+    ("hub/tokenizers/gpt-neox-20b tokenizer.json", "gpt_neox"),
+    ("hub/tokenizers/gpt2 vocab.json merges.txt", "gpt2"),
+    ("hub/Qwen__Qwen2.5-0.5B vocab.json merges.txt tokenizer_config.json", "qwen2"),
     ("checkpoints/sciq-weak tokenizer.json", "llama"), ("checkpoints/stories260K tokenizer.json", "llama")])
 def test_token_ids(files, family, tmp_path):
     folder, *names = files.split()
@@ -381,17 +416,20 @@ def test_token_ids(files, family, tmp_path):
     if names == ["tokenizer.json"]:
         theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / names[0]))
     else:
-        theirs = {"gpt2": transformers.GPT2Tokenizer, "qwen2": transformers.Qwen2Tokenizer}[family].from_pretrained(tmp_path)
+        theirs = {"gpt2": transformers.GPT2Tokenizer,
+                  "qwen2": transformers.Qwen2Tokenizer}[family].from_pretrained(tmp_path)
     tokenizer = M.Tokenizer(tmp_path, family)
     assert tokenizer.encode(AWKWARD) == [theirs(text)["input_ids"] for text in AWKWARD]
-    assert tokenizer.encode(AWKWARD, special=False) == [theirs(text, add_special_tokens=False)["input_ids"] for text in AWKWARD]
+    assert tokenizer.encode(AWKWARD, special=False) == [
+        theirs(text, add_special_tokens=False)["input_ids"] for text in AWKWARD]
     assert tokenizer.size == len(theirs)
     ids = tokenizer.encode(["The park's 3 dogs,\n naïve 🙂"])[0]
     assert tokenizer.decode(ids) == "The park's 3 dogs,\n naïve 🙂"
 
 
 def test_qwen_tiktoken_ids(tmp_path):
-    """First-generation Qwen has the second's vocabulary, kept as ranks: rebuilt from them, ids must be the same."""
+    """First-generation Qwen has the second's vocabulary, kept as ranks: rebuilt from them, ids must be
+    the same."""
     vocab = json.loads(shared("hub", "Qwen__Qwen2.5-0.5B", "vocab.json").read_text())
     letters = {c: b for b, c in M.byte_letters().items()}
     with open(tmp_path / "qwen.tiktoken", "wb") as file:
@@ -410,9 +448,11 @@ def test_bos_of_vocab_and_merges(tmp_path):
     """OPT's files put </s> before a text by tokenizer_config.json alone."""
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "</s>": 3}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(bos_token={"content": "</s>"}, eos_token="</s>", add_bos_token=True)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
+        bos_token={"content": "</s>"}, eos_token="</s>", add_bos_token=True)))
     tokenizer = M.Tokenizer(tmp_path, "opt")
-    assert tokenizer.encode(["abba"]) == [[3, 2, 1, 0]] and tokenizer.encode(["abba"], special=False) == [[2, 1, 0]]
+    assert (tokenizer.encode(["abba"]) == [[3, 2, 1, 0]]
+            and tokenizer.encode(["abba"], special=False) == [[2, 1, 0]])
 
 
 # ---- what must be refused ----------------------------------------------------------------------------------
@@ -452,20 +492,27 @@ def poison(state):
 
 WTE = "transformer.wte.weight"
 BAD = {
-    "missing tensor": (tensors(lambda s: s.pop("transformer.h.1.attn.c_attn.bias")), r"tensor h\.1\.attn\.c_attn\.bias is missing"),
-    "extra tensor": (tensors(lambda s: s.update(odd=torch.ones(1))), "1 unexpected tensors, the first is odd"),
-    "wrong shape": (tensors(lambda s: s.update({WTE: torch.ones(90, 40)})), r"wte\.weight has shape \(90, 40\)"),
-    "tensor twice": (tensors(lambda s: s.update({"wte.weight": s[WTE].clone()})), "both with and without the prefix"),
+    "missing tensor": (tensors(lambda s: s.pop("transformer.h.1.attn.c_attn.bias")),
+                       r"tensor h\.1\.attn\.c_attn\.bias is missing"),
+    "extra tensor": (tensors(lambda s: s.update(odd=torch.ones(1))),
+                     "1 unexpected tensors, the first is odd"),
+    "wrong shape": (tensors(lambda s: s.update({WTE: torch.ones(90, 40)})),
+                    r"wte\.weight has shape \(90, 40\)"),
+    "tensor twice": (tensors(lambda s: s.update({"wte.weight": s[WTE].clone()})),
+                     "both with and without the prefix"),
     "tied head that differs": (tensors(lambda s: s.update({"lm_head.weight": s[WTE] + 1})), "ties the head"),
     "NaN": (tensors(poison), "holds NaN or infinity"),
     "integers": (tensors(lambda s: s.update({WTE: s[WTE].to(torch.int8)})), "int8: quantised"),
     "truncated": (cut("model.safetensors", 0.9), "truncated or damaged"),
     "truncated in the header": (cut("model.safetensors", 0.01), "truncated or damaged"),
     "empty file": (cut("model.safetensors", 0), "truncated or damaged"),
-    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle checkpoints are refused"),
+    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+                    "pickle checkpoints are refused"),
     "unknown key": (settings(new_trick=0.5), "unknown key 'new_trick'"),
-    "value not supported": (settings(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
-    "mixture of experts": (settings(model_type="mixtral"), "model_type 'mixtral' is not supported, only gpt2"),
+    "value not supported": (settings(scale_attn_by_inverse_layer_idx=True),
+                            "scale_attn_by_inverse_layer_idx = True is not supported"),
+    "mixture of experts": (settings(model_type="mixtral"),
+                           "model_type 'mixtral' is not supported, only gpt2"),
     "no family": (settings(model_type=None), "model_type None"),
     "quantised": (settings(quantization_config=dict(bits=4)), "quantised checkpoints are refused"),
     "activation": (settings(activation_function="relu6"), "activation 'relu6' is not supported"),
@@ -475,11 +522,14 @@ BAD = {
     "config not JSON": (cut("config.json", 0.5), "config.json: not valid JSON"),
     "config not an object": (lambda f: (f / "config.json").write_text("[1]"), "not a JSON object"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json there"),
-    "index that leaves the directory": (sharded(lambda s: {k: "../x.safetensors" for k in s}), "plain file names"),
+    "index that leaves the directory": (sharded(lambda s: {k: "../x.safetensors" for k in s}),
+                                        "plain file names"),
     "index of numbers": (sharded(lambda s: {k: 1 for k in s}), "plain file names"),
     "index without a map": (sharded(lambda s: None), "weight_map"),
-    "index naming a missing file": (sharded(lambda s: {k: "model-2.safetensors" for k in s}), "model-2.safetensors: missing"),
-    "index that names too much": (sharded(lambda s: {k: "model.safetensors" for k in [*s, "zz"]}), "disagree, first on zz"),
+    "index naming a missing file": (sharded(lambda s: {k: "model-2.safetensors" for k in s}),
+                                    "model-2.safetensors: missing"),
+    "index that names too much": (sharded(lambda s: {k: "model.safetensors" for k in [*s, "zz"]}),
+                                  "disagree, first on zz"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json there"),
     "tokenizer damaged": (cut("tokenizer.json", 0.7), "tokenizer's files are damaged"),
     "tokenizer too large": (lambda f: tokenizer_file(f, 102), "102 ids, the embedding 101 rows"),
@@ -507,10 +557,13 @@ def test_refused_settings_of_other_families():
     base = dict(model_type="llama")
     for keys, message in [(dict(rope_scaling=dict(type="yarn", factor=2.0)), "RoPE scaling 'yarn'"),
                           (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "RoPE scaling 'llama3'"),
-                          (dict(model_type="opt", do_layer_norm_before=False), "do_layer_norm_before = False"),
+                          (dict(model_type="opt", do_layer_norm_before=False),
+                           "do_layer_norm_before = False"),
                           (dict(model_type="gemma2", layer_types=["linear_attention"] * 26), "layer_types"),
-                          (dict(model_type="gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping"),
-                          (dict(model_type="gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention")]:
+                          (dict(model_type="gemma3_text", attn_logit_softcapping=50.0),
+                           "attn_logit_softcapping"),
+                          (dict(model_type="gemma3_text", use_bidirectional_attention=True),
+                           "use_bidirectional_attention")]:
         with pytest.raises(M.LoadError, match=message):
             M.configure(base | keys)
 
@@ -534,13 +587,15 @@ def test_bit_flips_in_the_header_never_pass_unseen(tiny, tmp_path):
     good, refused = load_file(tiny / "model.safetensors"), 0
     header = 8 + int.from_bytes(data[:8], "little")
     for at in range(0, header, header // 150):
-        (tmp_path / "model.safetensors").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:])
+        (tmp_path / "model.safetensors").write_bytes(
+            data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:])
         try:
             M.load(str(tmp_path))
         except M.LoadError:
             refused += 1
         else:
-            assert all(torch.equal(x, good[name]) for name, x in load_file(tmp_path / "model.safetensors").items())
+            assert all(torch.equal(x, good[name])
+                       for name, x in load_file(tmp_path / "model.safetensors").items())
     assert refused > 140
 
 
@@ -565,12 +620,14 @@ ODD = ("gpt2", "gpt_neo", "llama", "gemma2", "gemma3_text", "mistral", "olmo2")
 
 def ragged(n, low=2, high=20, seed=3):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 101, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist() for _ in range(n)]
+    return [torch.randint(0, 101, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
+            for _ in range(n)]
 
 
 @pytest.mark.parametrize("variant", ODD)
 def test_company_and_padding_change_nothing(variant, reference):
-    """A sequence alone, in a packed batch, and right-padded has the same states; padding holds zeros, not numbers."""
+    """A sequence alone, in a packed batch, and right-padded has the same states; padding holds zeros, not
+    numbers."""
     net, _ = M.load(reference(variant)[0])
     sequences = ragged(7)
     together = M.hidden_at(net, sequences, batch_tokens=1000)
@@ -611,8 +668,10 @@ def test_tree_equals_separate_sequences(variant, reference):
             want = logp[torch.arange(ends[0], len(whole) - 1), whole[ends[0] + 1:]].sum()
             CLOSE(got.loglik[q, o].float(), want.detach(), rtol=1e-5, atol=1e-4)
             assert got.option_tokens[q, o] == len(options[q][o])
-    narrow = M.log_likelihood(net, net.packed(torch.arange(9), [9])[0], [3, 3, 1, 7], torch.tensor([5, 6, 7, 8]), cells=101)
-    CLOSE(narrow, M.log_likelihood(net, net.packed(torch.arange(9), [9])[0], [3, 3, 1, 7], torch.tensor([5, 6, 7, 8])))
+    narrow = M.log_likelihood(net, net.packed(torch.arange(9), [9])[0], [3, 3, 1, 7],
+                              torch.tensor([5, 6, 7, 8]), cells=101)
+    CLOSE(narrow, M.log_likelihood(net, net.packed(torch.arange(9), [9])[0], [3, 3, 1, 7],
+                                   torch.tensor([5, 6, 7, 8])))
 
 
 def test_too_long_a_sequence(tiny):
@@ -631,7 +690,8 @@ def test_out_of_memory_halves_a_batch(tiny, monkeypatch):
     monkeypatch.setattr(M.Transformer, "packed", small_memory(real, 40))
     CLOSE(M.hidden_at(net, sequences), want)
     monkeypatch.setattr(M.Transformer, "packed", small_memory(real, 5))
-    with pytest.raises(M.TrainError, match=f"out of memory with one sequence of {max(map(len, sequences))} tokens"):
+    with pytest.raises(M.TrainError,
+                       match=f"out of memory with one sequence of {max(map(len, sequences))} tokens"):
         M.hidden_at(net, sequences)
 
 
@@ -663,7 +723,8 @@ TRAIN = dict(sequences=ragged(11), targets=torch.linspace(0.05, 0.95, 11), lr=1e
 
 
 def same_state(a, b):
-    return a.state().keys() == b.state().keys() and all(torch.equal(x, b.state()[k]) for k, x in a.state().items())
+    return a.state().keys() == b.state().keys() and all(
+        torch.equal(x, b.state()[k]) for k, x in a.state().items())
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "head"])
@@ -720,7 +781,8 @@ def test_gradients_are_the_whole_batch_s(case, tiny, steps, monkeypatch):
     steps.clear(), seen.clear()
     if case == "out of memory":
         monkeypatch.setattr(M.Transformer, "packed", small_memory(M.Transformer.packed, 30))
-    M.finetune(net, **train, batch_tokens=30 if case in ("micro-batches", "target_fn") else 10 ** 6, checkpoint=case == "recomputed")
+    M.finetune(net, **train, batch_tokens=30 if case in ("micro-batches", "target_fn") else 10 ** 6,
+               checkpoint=case == "recomputed")
     for (_, a), (_, b) in zip(want, steps, strict=True):
         for x, y in zip(a, b, strict=True):
             CLOSE(x, y, rtol=1e-3, atol=1e-6)
@@ -731,7 +793,8 @@ def test_gradients_are_the_whole_batch_s(case, tiny, steps, monkeypatch):
 
 
 def test_gradient_added_to_the_rows_is_the_embedding_s(tiny):
-    """Repeated tokens, two micro-batches, on top of what lies there; and finetune uses it for float32 weights alone."""
+    """Repeated tokens, two micro-batches, on top of what lies there; and finetune uses it for float32 weights
+    alone."""
     net, _ = M.load(tiny)
     tokens, lengths = torch.tensor([5, 5, 7, 5, 9, 7]), [4, 2]
     grads = []
@@ -789,8 +852,8 @@ def test_half_precision_keeps_small_steps(tiny):
     assert c.state()["layers.1.up.weight"].dtype == torch.bfloat16 and (moved != 0).float().mean() > 0.05
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
-                                     "gemma3_text", "phi3"])
+@pytest.mark.parametrize("variant", ["gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "qwen2",
+                                     "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"])
 def test_saved_student_loads_in_transformers(variant, reference, tmp_path):
     net, _ = M.load(reference(variant)[0])
     c = M.finetune(net, **TRAIN, tune="lora" if variant in ("gpt2", "phi3") else "full")
@@ -804,8 +867,9 @@ def test_saved_student_loads_in_transformers(variant, reference, tmp_path):
 # ---- the hub -----------------------------------------------------------------------------------------------
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs. Repositories: org/good, org/cut (the first download of its
-    weights breaks off half-way), org/bare (no weights), org/gated (403), org/closed (401); none other exists."""
+    """As much of the hub's protocol as a download needs. Repositories: org/good, org/cut (the first download
+    of its weights breaks off half-way), org/bare (no weights), org/gated (403), org/closed (401); none other
+    exists."""
     protocol_version, commit, folder, log = "HTTP/1.1", "c0ffee" + "0" * 34, None, []
 
     def log_message(self, *args):
@@ -824,25 +888,31 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name = "/".join(self.path.removeprefix("/api/models").split("/")[1:3])
         if name in ("org/gated", "org/closed"):
             code = "GatedRepo" if name == "org/gated" else "RepoNotFound"
-            return self.reply(403 if name == "org/gated" else 401, X_Error_Code=code, X_Error_Message="Access is restricted")
+            return self.reply(403 if name == "org/gated" else 401, X_Error_Code=code,
+                              X_Error_Message="Access is restricted")
         if name not in ("org/good", "org/cut", "org/bare"):
             return self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        files = [f for f in ("config.json", "model.safetensors", "tokenizer.json") if name != "org/bare" or f[0] != "m"]
+        files = [f for f in ("config.json", "model.safetensors", "tokenizer.json")
+                 if name != "org/bare" or f[0] != "m"]
         if "/tree/" in self.path:
-            body = json.dumps([dict(type="file", path=f, oid=f, size=(self.folder / f).stat().st_size) for f in files])
+            body = json.dumps([dict(type="file", path=f, oid=f, size=(self.folder / f).stat().st_size)
+                               for f in files])
             return self.reply(200, body.encode(), Content_Type="application/json")
         if self.path.startswith("/api/"):
-            body = json.dumps(dict(id=name, modelId=name, sha=self.commit, private=False, siblings=[dict(rfilename=f) for f in files]))
+            body = json.dumps(dict(id=name, modelId=name, sha=self.commit, private=False,
+                                   siblings=[dict(rfilename=f) for f in files]))
             return self.reply(200, body.encode(), Content_Type="application/json")
         file = self.path.rpartition("/")[2]
         if file not in files:
             return self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
         data = (self.folder / file).read_bytes()
-        headers = dict(ETag='"%s"' % hashlib.sha256(data).hexdigest(), X_Repo_Commit=self.commit, Accept_Ranges="bytes")
+        headers = dict(ETag='"%s"' % hashlib.sha256(data).hexdigest(), X_Repo_Commit=self.commit,
+                       Accept_Ranges="bytes")
         start = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if start:
             at = int(start[1])
-            return self.reply(206, data[at:], Content_Range=f"bytes {at}-{len(data) - 1}/{len(data)}", **headers)
+            return self.reply(206, data[at:], Content_Range=f"bytes {at}-{len(data) - 1}/{len(data)}",
+                              **headers)
         if name == "org/cut" and file[0] == "m" and self.command == "GET":
             self.send_response(200)
             for key, value in dict(Content_Length=len(data), **headers).items():
@@ -858,40 +928,45 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-SCRIPT = """
+SCRIPT = ("""
 import sys, json, model
 import huggingface_hub.constants
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # a cut loses the chunk under way; the file here is small
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # a cut loses the chunk under way; """
+          """the file here is small
 for source in sys.argv[1:]:
     try:
         net, _ = model.load(source)
         print(json.dumps([source, net.revision, sum(float(x.double().sum()) for x in net.params.values())]))
     except model.LoadError as error:
         print(json.dumps([source, None, str(error)]))
-"""
+""")
 
 
 def test_hub(tiny, tmp_path):
-    """Hub ids against a server on this machine: revision, a missing file, 401, 403, 404, a connection cut and resumed,
-    no network at all, and offline mode with a full and with an empty cache."""
+    """Hub ids against a server on this machine: revision, a missing file, 401, 403, 404, a connection cut and
+    resumed, no network at all, and offline mode with a full and with an empty cache."""
     def ask(*sources, **env):
-        env = os.environ | dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+        env = os.environ | dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path),
+                                HF_HUB_OFFLINE="0",
                                 NO_PROXY="127.0.0.1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1",
                                 HF_TOKEN="hf_" + "secret" * 6) | env
-        run = subprocess.run([sys.executable, "-c", SCRIPT, *sources], cwd=Path(M.__file__).parent, env=env, text=True,
-                             capture_output=True, timeout=120)
+        run = subprocess.run([sys.executable, "-c", SCRIPT, *sources], cwd=Path(M.__file__).parent, env=env,
+                             text=True, capture_output=True, timeout=120)
         assert run.returncode == 0, run.stderr
         assert "secret" not in run.stdout + run.stderr
-        return {line[0]: line[1:] for line in map(json.loads, [r for r in run.stdout.splitlines() if r[0] == "["])}
+        return {line[0]: line[1:]
+                for line in map(json.loads, [r for r in run.stdout.splitlines() if r[0] == "["])}
 
     Hub.folder, Hub.log = tiny, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     net, _ = M.load(tiny)
     total = sum(float(x.double().sum()) for x in net.params.values())
-    got = ask("org/good", "org/cut", "org/bare", "org/gated", "org/closed", "org/none", "org/good@" + Hub.commit)
+    got = ask("org/good", "org/cut", "org/bare", "org/gated", "org/closed", "org/none",
+              "org/good@" + Hub.commit)
     assert got["org/good"] == got["org/cut"] == got["org/good@" + Hub.commit] == [Hub.commit, total]
-    assert any(path.startswith("/org/cut") and ranged for _, path, ranged in Hub.log)  # it went on where it was cut
+    # it went on where it was cut
+    assert any(path.startswith("/org/cut") and ranged for _, path, ranged in Hub.log)
     assert "no model.safetensors there" in got["org/bare"][1]
     for name, word in (("gated", "Gated"), ("closed", "NotFound"), ("none", "NotFound")):
         assert got[f"org/{name}"][1].startswith(f"org/{name}: ") and word in got[f"org/{name}"][1]
@@ -905,22 +980,27 @@ def test_hub(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_loading(tmp_path):
-    """A 1 GB checkpoint in bfloat16 loads with less than 1.3 times its size, also when float32 files are turned into bfloat16."""
-    raw = dict(model_type="llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=30, num_attention_heads=8,
-               vocab_size=256, tie_word_embeddings=True)
+    """A 1 GB checkpoint in bfloat16 loads with less than 1.3 times its size, also when float32 files are
+    turned into bfloat16."""
+    raw = dict(model_type="llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=30,
+               num_attention_heads=8, vocab_size=256, tie_word_embeddings=True)
     for stored in (torch.bfloat16, torch.float32):
         folder = tmp_path / str(stored)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(raw))
         tokenizer_file(folder)
         config = M.configure(raw)
-        state = {"model." + source: torch.ones(shape[0], dtype=stored) for source, _, shape in M.tensors(config)}
+        state = {"model." + source: torch.ones(shape[0], dtype=stored)
+                 for source, _, shape in M.tensors(config)}
         save_file(state, folder / "model.safetensors")
         size = sum(x.numel() for x in state.values()) * 2
         del state
-        code = ("import re, sys, torch, model; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
-                "before = peak(); net, _ = model.load(sys.argv[1], dtype=torch.bfloat16); print(peak() - before)")
-        run = subprocess.run([sys.executable, "-c", code, folder], cwd=Path(M.__file__).parent, text=True, capture_output=True, check=True)
+        code = ("import re, sys, torch, model; "
+                "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
+                "before = peak(); net, _ = model.load(sys.argv[1], dtype=torch.bfloat16); "
+                "print(peak() - before)")
+        run = subprocess.run([sys.executable, "-c", code, folder], cwd=Path(M.__file__).parent, text=True,
+                             capture_output=True, check=True)
         grown = int(run.stdout.split()[-1]) * 1024
         print(f"{stored} file: {size / 1e9:.2f} GB asked for, grew by {grown / size:.3f} of it")
         assert grown < 1.3 * size and size > 0.9e9

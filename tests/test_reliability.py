@@ -168,7 +168,8 @@ def test_a_finetune_goes_on_from_its_last_save(tiny, tmp_path, unbroken, monkeyp
     def stop(name):
         def show(step, steps, loss):
             seen.append((name, step))
-            if (name, step) == ("naive", 3):        # a save follows each step: this one's is lost, the one before stands
+            # a save follows each step: this one's is lost, the one before stands
+            if (name, step) == ("naive", 3):
                 raise KeyboardInterrupt
         return show
     monkeypatch.setattr(selw2s, "counter", stop)

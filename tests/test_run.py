@@ -222,16 +222,17 @@ def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
     assert [s["cached"] for s in result["stages"]][:4] == [True, True, True, False]
 
 
-# ---------------------------------------------------------------------------------- own answers, P(IK), analyses
+# ------------------------------------------------------------------------------- own answers, P(IK), analyses
 @pytest.mark.parametrize("flags", [("--own", "mean"), ("--own", "pmi"), ("--own", "judge"), ("--shots", "3"),
-                                   ("--target", "soft"), ("--anchors", "0"), ("--tune", "head"), ("--tune", "lora"),
-                                   ("--protocol", "openai")])
+                                   ("--target", "soft"), ("--anchors", "0"), ("--tune", "head"),
+                                   ("--tune", "lora"), ("--protocol", "openai")])
 def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flags):
     fixed = ("--tau", "0.3", "--alpha", "0.5", "--k", "5")
     result, plain = go(tiny, tmp_path / "a", *fixed, *flags), go(tiny, tmp_path / "b", *fixed)
     a, b = arrays(result, tmp_path / "a"), arrays(plain, tmp_path / "b")
     assert any(a[key].shape != b[key].shape or (a[key] != b[key]).any() for key in b)
-    assert result["metrics"]["methods"]["self-only"]["ground_truth_labels"] == (3 if "--shots" in flags else 0)
+    assert result["metrics"]["methods"]["self-only"]["ground_truth_labels"] == (
+        3 if "--shots" in flags else 0)
 
 
 def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
@@ -262,7 +263,8 @@ def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
         naive = result["metrics"]["methods"]["naive"]
         for row in ("tau 1.01 (route-only)", "alpha 0 (graph-only)"):       # the off-identities, as rows
             assert [m["accuracy"] for m in result["analysis"][row]] == pytest.approx(naive["per_seed"])
-        coverage = [np.mean([m["coverage"] for m in v]) for k, v in result["analysis"].items() if k.startswith("tau")]
+        coverage = [np.mean([m["coverage"] for m in v])
+                    for k, v in result["analysis"].items() if k.startswith("tau")]
         assert coverage[0] == 1 and coverage[-1] == 0 and coverage == sorted(coverage, reverse=True)
 
 

@@ -1,4 +1,7 @@
-"""The demo world: same text everywhere, no leak, no shortcut, checkpoints as promised. Run: pytest tests/test_world.py (10 s)."""
+"""The demo world: same text everywhere, no leak, no shortcut, checkpoints as promised.
+
+Run: pytest tests/test_world.py (10 s).
+"""
 import hashlib
 import json
 import re
@@ -27,9 +30,11 @@ def test_text_is_the_pinned_one(text):
 
 
 def test_every_process_makes_the_same_world():
-    ask = "from data import world; import hashlib; print(*[world.task(t).sha256 for t in sorted(world.MAKERS)])"
-    others = {subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True,
-                             env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout.strip() for seed in ("1", "2")}
+    ask = ("from data import world; import hashlib; "
+           "print(*[world.task(t).sha256 for t in sorted(world.MAKERS)])")
+    others = {subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True,
+                             check=True, env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout.strip()
+              for seed in ("1", "2")}
     assert others == {" ".join(world.task(t).sha256 for t in TASKS)}
 
 
@@ -85,7 +90,8 @@ def test_no_question_line_of_the_text_is_about_an_asked_fact(text):
             asked |= {form.format(e=p.name).rstrip("?") for form in relation["asks"] + relation["why"]}
             asked |= {form.format(e=p.name, v=v) for form in relation["checks"] for v in relation["values"]}
     trade = re.compile("the (" + "|".join(world.TRADES) + ") ")
-    found = {trade.sub("", question) for line in text for question in re.findall(r"(?:Question|Q): ([^\n]*?)\?", line)}
+    found = {trade.sub("", question) for line in text
+             for question in re.findall(r"(?:Question|Q): ([^\n]*?)\?", line)}
     assert len(found) > 3000 and not found & asked
     for name in TASKS:
         task = world.task(name)
@@ -100,7 +106,8 @@ def test_words_alone_do_not_give_the_label_away(name):
     task = world.task(name)
     train, test = (items(qs, protocol="paper", seed=0) for qs in (task.train, task.test))
     for ngrams in ((1, 1), (1, 2)):
-        bag = make_pipeline(text_.CountVectorizer(ngram_range=ngrams), LogisticRegression(C=0.1, max_iter=1000))
+        bag = make_pipeline(text_.CountVectorizer(ngram_range=ngrams),
+                            LogisticRegression(C=0.1, max_iter=1000))
         bag.fit([i.text for i in train], [i.label for i in train])
         assert bag.score([i.text for i in test], [i.label for i in test]) < 0.6
 
@@ -113,7 +120,8 @@ def test_checkpoints_are_small_and_share_the_tokenizer(text):
     assert (DEMO / "weak/tokenizer.json").read_bytes() == (DEMO / "strong/tokenizer.json").read_bytes()
     tokenizer = pair[0][1]
     assert tokenizer.decode(tokenizer.encode(text[:50])[7]) == text[7]
-    assert json.loads(world.train_tokenizer(text, 2048).to_str()) == json.loads((DEMO / "weak/tokenizer.json").read_text())
+    assert json.loads(world.train_tokenizer(text, 2048).to_str()) == json.loads(
+        (DEMO / "weak/tokenizer.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["weak", "strong"])
@@ -133,7 +141,8 @@ def test_strong_model_knows_more_than_chance_and_not_the_tail():
     famous = {p.name for p in world.people() if p.fame > 1}
     questions = world.task("demo-sciq").test
     options = [tokenizer.encode([completion(q, i) for i in range(4)], special=False) for q in questions]
-    reading = model.read(net, tokenizer.encode([prompt(q) for q in questions]), options, [-1] * len(questions), layers=())
+    reading = model.read(net, tokenizer.encode([prompt(q) for q in questions]), options,
+                         [-1] * len(questions), layers=())
     right = reading.loglik.argmax(1) == torch.tensor([q.answer for q in questions])
     known = torch.tensor([q.id.split("-")[0] in famous for q in questions])
     assert right[known].float().mean() > 0.6 > 0.4 > right[~known].float().mean()
@@ -141,13 +150,15 @@ def test_strong_model_knows_more_than_chance_and_not_the_tail():
 
 def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, capsys, text):
     monkeypatch.setattr(world, "world_text", lambda edition: text[:400])
-    monkeypatch.setattr(world, "SHAPES", {"world": {name: dict(width=32, layers=1, epochs=4) for name in ("weak", "strong")}})
+    monkeypatch.setattr(world, "SHAPES", {"world": {
+        name: dict(width=32, layers=1, epochs=4) for name in ("weak", "strong")}})
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for folder in "ab":
         world.main(["--build", "--out", str(tmp_path / folder)])
     losses = [float(x) for x in re.findall(r"weak: step \S+  loss (\S+)", capsys.readouterr().err)]
     assert losses[-1] < losses[0] - 0.3
-    assert (tmp_path / "a/weak/model.safetensors").read_bytes() == (tmp_path / "b/weak/model.safetensors").read_bytes()
+    assert ((tmp_path / "a/weak/model.safetensors").read_bytes()
+            == (tmp_path / "b/weak/model.safetensors").read_bytes())
     net, tokenizer = model.load(str(tmp_path / "a/strong"))
     assert net.config.width == 32 and tokenizer.decode(tokenizer.encode(text[:1])[0]) == text[0]
 
@@ -155,7 +166,8 @@ def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, caps
 def test_sciq_text_holds_no_train_or_test_question(shared):
     folder = str(shared / "data")
     lines = world.sciq_text(folder)
-    asked = {official.key("", q.question).strip() for split in ("train", "test") for q, _ in official.sciq(split, folder)}
+    asked = {official.key("", q.question).strip() for split in ("train", "test")
+             for q, _ in official.sciq(split, folder)}
     assert len(lines) > 12_000 and sum(line.startswith("Q: ") for line in lines) > 900
     for line in lines:
         words = official.key("", line.removeprefix("Q: ").rsplit(" A: ", 1)[0]).strip()
