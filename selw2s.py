@@ -1,12 +1,12 @@
 """Selective weak-to-strong generalization: the method (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166).
 
 A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
-P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Steps are
-in the paper's order; read from run(), one_seed() first.
+P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Read run()
+and one_seed() first: they take the steps in the paper's order; before them stand the parts they are made of.
 
 symbol      name here  shape         source
 D_l         labelled   n_l items     half with ground truth                     Burns et al. 2023, App. A
-D_u         transfer   n_u items     half whose truth only metrics and the ceiling read
+D_u         transfer   n_u items     half whose truth only metrics, ceiling and oracle read
 p_w         weak       (N,)          weak supervisor's P(y = 1), soft           Burns et al. 2023
             own        (N,) 0/1      self-generated label                       paper, abstract
 P(IK)       p_ik       (N,)          P(own answer is right | question)          Kadavath et al. 2022
@@ -15,7 +15,8 @@ S, F        graph.py                 smoothing of the weak labels               
 PGR         pgr        float         (student - weak) / (ceiling - weak)        Burns et al. 2023
 
 Shapes: N items (one per question), K options, R hidden-state layers read, C width; float32 unless said,
-probes float64. [D1]..[D12] mark choices that the paper leaves open: the README's table lists all, with flags.
+probes float64. [D..] marks the line that takes a choice which the paper leaves open: the README's table lists
+them, with their flags.
 """
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ class Config:
     methods: tuple = option(DEFAULT_METHODS, "all, or some of: " + " ".join(METHOD_NAMES), nargs="+",
                             metavar="METHOD", choices=METHOD_NAMES + ("all",))
     seeds: tuple = option((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
-    protocol: str = option("paper", "items, halves and head as in method.md, or draw for draw as OpenAI's "
-                                    "code", choices=("paper", "openai"))
+    protocol: str = option("paper", "items and halves: balanced and disjoint by passage, or draw for draw as "
+                                    "OpenAI's code [D12]", choices=("paper", "openai"))
     shots: int = option(0, "solved examples from D_l in front of each question the strong model answers [D2]")
     own: str = option("sum", "self-generated answer by option likelihood: summed, per token, less the "
                              "option's unconditional one, or by judging the shown candidate [D1]",
@@ -174,13 +175,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import DEMO, OFFICIAL, DataError, completion, fit, halves, items, load_task, prompt
+from data import DEMO, OFFICIAL, YES_NO, DataError, completion, fit, halves, items, load_task, prompt
 from data.figures import figures
 from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
 from data.report import analysis_table, diagnose, summarise, table, write
 from data.stages import Stages, counter, digest
 from graph import affinity, knn, normalise, propagate
-from model import Classifier, LoadError, TrainError, finetune, load, read
+from model import Classifier, LoadError, TrainError, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
 
@@ -235,7 +236,7 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
         while loss(w + length * step) > now + 1e-12 * now.abs() and length > 1e-6:
             length /= 2
         w = w + length * step
-    raise ArithmeticError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
+    raise TrainError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
 
 
 def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
@@ -286,7 +287,7 @@ def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) 
 
 
 def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k nearest by cosine, features centred: one direction dominates raw hidden states (peers' lesson)."""
+    """k nearest by cosine, features centred: one direction dominates raw hidden states [D15]."""
     x = features.float()
     return knn(x - x.mean(0), min(k, len(x) - 1))
 
@@ -301,8 +302,7 @@ def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float
         for alpha in alphas:
             result = propagate(S, Y, alpha)
             if result.residual > 1e-5:
-                raise ArithmeticError("propagation not converged "
-                                      f"(alpha {alpha}, residual {result.residual:.1e})")
+                raise TrainError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
             out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float().to(prior.device)
     return out
 
@@ -330,8 +330,8 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
     ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
     least = min(map(len, parts))
     ks = tuple(k for k in ks if k < least) or (least - 1,)
-    if rows.sum() < 2:
-        return Smoothing(0, 0.0, ks[0], None, None)
+    if rows.sum() < 2:      # nothing to choose by
+        return Smoothing(0, 0.0 if config.alpha == "auto" else alphas[0], ks[0], None, None)
     right = ((prior > 0.5) == (truth > 0.5))[rows].double()
     best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
     if alphas == (0.0,):
@@ -381,10 +381,12 @@ class Side(NamedTuple):
 
 
 def open_side(source: str, config: Config) -> Side:
-    """Load a checkpoint. lr auto: Burns' 1e-5 from a billion parameters, 5e-5 below, 5e-4 below 50M [D9]."""
+    """Load a checkpoint. lr auto: Burns' 1e-5 from a billion parameters, 5e-5 below, 5e-4 below 50M; for
+    LoRA, which starts from B = 0, ten times that."""
     model, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
     size = sum(p.numel() for p in model.params.values())
-    auto = 1e-5 if size >= 1e9 else 5e-5 if size >= 5e7 else 5e-4
+    auto = 1e-5 if size >= 1e9 else 5e-5 if size >= 5e7 else 5e-4                                   # [D9]
+    auto *= 10 if config.tune == "lora" else 1
     h = hashlib.sha256()
     for file in sorted(model.folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
@@ -414,7 +416,7 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
                  steps=config.epochs * steps, tokens=config.epochs * tokens)
     if kept:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
-        folder = f"{Path(config.task).stem}-{name}-seed{seed}"
+        folder = f"{Path(config.task).stem}-{name}-seed{seed}-{hexed(out)[:8]}"
         Classifier(side.model, state).save(Path(config.out) / "students" / folder)
     return out
 
@@ -448,22 +450,23 @@ JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nRespo
 
 
 def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages, tell) -> Elicited:
-    """Self-generated labels [D1, D2]: the option with the largest log-likelihood given the question is the
-    own answer; the own label of an item is 1 if the candidate it shows is that answer. Zero- or k-shot."""
+    """Self-generated labels: the option with the largest log-likelihood given the question is the own answer
+    [D1]; the own label of an item is 1 if the candidate it shows is that answer. shots: (item, question) of
+    the solved examples in front [D2]."""
     depth = strong.model.config.layers
-    layers = tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))
+    layers = tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))       # offered to probe and graph [D14]
 
     def ask(name, prompts, completions, pick):
         heads, tails = cut(strong.tokenizer, prompts, completions)
         longest = max(len(h) + max(map(len, t)) for h, t in zip(heads, tails))
         if longest > strong.model.config.context:
             raise DataError(f"a prompt of {longest} tokens is over the strong model's "
-                            f"{strong.model.config.context}: use fewer --shots or shorter questions")
+                            f"{strong.model.config.context}: use fewer --shots, --own sum, shorter questions")
         return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
                       lambda _: read(strong.model, heads, tails, pick, layers=layers)._asdict(),
                       tokens=sum(len(h) + sum(map(len, t)) for h, t in zip(heads, tails)))
 
-    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in shots)
+    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in shots)
     completions = [[completion(q, i) for i in range(len(q.options))] for q in questions]
     pick = [row.option for row in rows]
     reading = ask("read", [before + prompt(q) for q in questions], completions, pick)
@@ -471,16 +474,27 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages,
     if config.own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
     elif config.own == "pmi":
-        last = [prompt(q).split()[-1] for q in questions]           # "A:", "Answer:": nothing of the question
+        last = ["Question:" if q.options == YES_NO else prompt(q).split()[-1] for q in questions]
         alone = ask("read unconditional", last, completions, [-1] * len(rows))["loglik"]
         score = score - alone.nan_to_num(neginf=0.0)
     elif config.own == "judge":
-        score = ask("read judge", [before + row.text + JUDGE for row in rows], [[" 0", " 1"]] * len(rows),
-                    [-1] * len(rows))["loglik"]
-    tell(f"3 prompt   {before + prompt(questions[0])!r:.200} + one of {completions[0]}")
+        def judged(row, q):     # a yes/no item shows no candidate: "yes" is judged
+            return row.text + completion(q, 1) * (row.option < 0) + JUDGE
+        before = "".join(f"{judged(row, q)} {row.label}\n\n" for row, q in shots)
+        asked = [before + judged(row, q) for row, q in zip(rows, questions)]
+        score = ask("read judge", asked, [[" 0", " 1"]] * len(rows), [-1] * len(rows))["loglik"]
+        tell(f"3 prompt   {asked[0]!r:.200} + ' 0' or ' 1'")
+    if config.own != "judge":
+        tell(f"3 prompt   {before + prompt(questions[0])!r:.200} + one of {completions[0]}")
     belief = score.softmax(1)
     shown = torch.tensor([1 if config.own == "judge" or i < 0 else i for i in pick])
-    return Elicited(belief, (belief.argmax(1) == shown).float(), reading["prompt"], reading["item"])
+    own = (belief.argmax(1) == shown).float()                               # hard: 0 or 1 [D13]
+    return Elicited(belief, own, reading["prompt"], reading["item"])
+
+
+def answers(config: Config, rows, questions) -> Tensor:
+    """The right answer's column of `belief`; for rows beyond D_l it is hidden truth: for metrics only."""
+    return torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(rows, questions)])
 
 
 # ----------------------------------------------------------------------------------------------- the pipeline
@@ -493,7 +507,7 @@ class Prepared(NamedTuple):
     ids: list           # N token sequences for the strong model
     truth: Tensor       # (n_l,) labels of D_l
     cross: Tensor       # (n_l,) cross-fitted weak P(y = 1)
-    half: Tensor        # (n_l,) 0 or 1: the half of D_l that the row is in, and the other one's model labelled
+    half: Tensor        # (n_l,) 0 or 1: the half of D_l the row is in; the other half's model labelled it
     weak: Tensor        # (n_u + test,) weak P(y = 1)
     weak_weights: str   # hash of the weak supervisor
     own: Tensor         # (N,) self-generated label, 0/1
@@ -502,7 +516,7 @@ class Prepared(NamedTuple):
     prompt: Tensor      # (N, R, C) hidden states where the question ends
     item: Tensor        # (N, R, C) hidden states where the item ends
     fold: Tensor        # (n_l,) fold of the item's group
-    usable: Tensor      # (n_l,) bool: not one of the few-shot examples, whose answer stood in their prompt
+    usable: Tensor      # (n_l,) bool: not of a few-shot example's group, whose answer stood in the prompt
 
 
 def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> Prepared:
@@ -533,18 +547,20 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
     tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
 
     picked = np.random.default_rng(seed).choice(n_l, config.shots, replace=False)
-    shots = [question[labelled[i].question_id] for i in picked]
+    shots = [(labelled[i], question[labelled[i].question_id]) for i in picked]
     asked = [question[row.question_id] for row in rows]
     told = elicit(config, strong, rows, asked, shots, stages, tell)
-    gold = torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(labelled, asked)])
-    right = (told.belief[:n_l].argmax(1) == gold).double().mean()
+    gold = answers(config, labelled, asked)
+    told_away = {q.group for _, q in shots}
+    usable = torch.tensor([q.group not in told_away for q in asked[:n_l]])
+    right = (told.belief[:n_l].argmax(1) == gold)[usable].double().mean()
     tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions "
          f"(one pass over {len(rows):,} questions)")
     group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
     fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
     return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, half,
                     supervisor["p"], hexed(supervisor), told.own, told.belief, gold, told.prompt, told.item,
-                    fold, torch.tensor([q not in shots for q in asked[:n_l]]))
+                    fold, usable)
 
 
 class Known(NamedTuple):
@@ -583,16 +599,17 @@ class Selected(NamedTuple):
 
 def select(config: Config, p: Prepared, p_ik: Tensor, tau: float | str | None = None) -> Selected:
     """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u."""
-    L, U, weak = slice(0, p.n_l), slice(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u]
+    L, U, weak = p.usable.nonzero()[:, 0], slice(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u]
     tau = config.tau if tau is None else tau
     tau = accuracy(p.cross, p.truth) if tau == "auto" else float(tau)                               # [D4]
     routed, is_self = route(p_ik[U], p.own[U], weak, tau)
-    routed_l, is_self_l = route(p_ik[L], p.own[L], p.cross, tau)
+    cross, truth, half = p.cross[p.usable], p.truth[p.usable], p.half[p.usable]
+    routed_l, is_self_l = route(p_ik[L], p.own[L], cross, tau)
 
-    prior, prior_l = (routed, routed_l) if config.anchors else (weak, p.cross)                      # [D5]
+    prior, prior_l = (routed, routed_l) if config.anchors else (weak, cross)                        # [D5]
     item_l, item_u = p.item[L].to(config.device), p.item[U].to(config.device)
-    chosen = choose_smoothing(item_l, prior_l, p.truth, ~is_self_l, p.half, config)                 # [D6]
-    alone = choose_smoothing(item_l, p.cross, p.truth, torch.ones_like(is_self_l), p.half, config)
+    chosen = choose_smoothing(item_l, prior_l, truth, ~is_self_l, half, config)                     # [D6]
+    alone = choose_smoothing(item_l, cross, truth, torch.ones_like(is_self_l), half, config)
     refined = smooth(item_u[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
     smoothed_weak = smooth(item_u[:, alone.layer], weak, alone.alpha, alone.k, config.gamma)
     selective = torch.where(is_self, p.own[U], refined)
@@ -601,8 +618,9 @@ def select(config: Config, p: Prepared, p_ik: Tensor, tau: float | str | None = 
 
 def trust(p: Prepared, p_ik: Tensor) -> Tensor:
     """Per-item router, the symmetric form: own label where P(IK) >= P(weak right), a second linear probe."""
-    U, right = slice(p.n_l, p.n_l + p.n_u), (p.cross > 0.5) == (p.truth > 0.5)
-    probe = fit_probe(p.item[:p.n_l, -1], right.double(), fold=p.fold)
+    U, L = slice(p.n_l, p.n_l + p.n_u), p.usable.nonzero()[:, 0]
+    right = ((p.cross > 0.5) == (p.truth > 0.5))[L]
+    probe = fit_probe(p.item[L, -1], right.double(), fold=p.fold[L])
     return route(p_ik[U], p.own[U], p.weak[:p.n_u], probe.predict(p.item[U, -1]))[0]
 
 
@@ -614,14 +632,19 @@ def surer_half(weak: Tensor) -> Tensor:
     return torch.cat(surer).sort().values
 
 
+def all_truth(p: Prepared) -> Tensor:
+    """(N,) ground truth of every item: for the ceiling, the oracle and the metrics only."""
+    return torch.tensor([float(item.label) for item in p.rows])
+
+
 def hidden_truth(p: Prepared) -> Tensor:
-    """(n_u,) ground truth of D_u: for the ceiling, the oracle and the metrics."""
-    return torch.tensor([float(item.label) for item in p.rows[p.n_l:p.n_l + p.n_u]])
+    """(n_u,) ground truth of D_u: for the ceiling and the metrics."""
+    return all_truth(p)[p.n_l:p.n_l + p.n_u]
 
 
 def knowing(p: Prepared) -> Tensor:
     """(N,) 1 where the own label agrees with the truth, of D_u too: the oracle's P(IK)."""
-    return (p.own == torch.tensor([float(item.label) for item in p.rows])).float()
+    return (p.own == all_truth(p)).float()
 
 
 def hexed(out: dict[str, Tensor]) -> str:
@@ -666,13 +689,14 @@ def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: 
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
     p = prepare(config, task, weak, strong, seed, stages, tell)
     known = know(config, p)
+    right = (p.belief[:p.n_l].argmax(1) == p.gold).double()
     tell(f"4 P(IK)    held-out AUROC on D_l "
-         f"{auroc(known.p_ik[:p.n_l], (p.belief[:p.n_l].argmax(1) == p.gold).double()) or float('nan'):.3f} "
+         f"{auroc(known.p_ik[:p.n_l][p.usable], right[p.usable]) or float('nan'):.3f} "
          f"(layer read {known.layer + 1} of {p.prompt.shape[1]}, l2 {known.probe.l2:g})")
     s = select(config, p, known.p_ik)
     c = s.chosen
     tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
-    tell("6 smooth   nothing left to smooth: the labels are the strong model's own" if c.before is None else
+    tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}" if c.before is None else
          f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
          f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
     return pack(config, p, known, s, students(config, p, s, known.p_ik, strong, seed, stages, tell), seed)
@@ -687,14 +711,15 @@ def homophily(p: Prepared, chosen: Smoothing) -> float:
 def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
     """One seed's arrays and choices, as named in items.npz, result.json; here metrics may read the truth."""
     n_l, n_u = p.n_l, p.n_u
-    own_right, truth = judged_right(config, p), torch.tensor([float(row.label) for row in p.rows])
+    own_right, truth = judged_right(config, p), all_truth(p)
 
     def part(a, b, extra):
         arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_p": p.belief[a:b].amax(1).float(),
                   "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
                   **{f"p/{name}": out[1][a - n_l:b - n_l] for name, out in done.items()}}
         ids = np.array([row.id for row in p.rows[a:b]])
-        return {"id": ids} | {key: x.numpy() for key, x in arrays.items()}
+        group = np.array([q.group for q in p.questions[a:b]])
+        return {"id": ids, "group": group} | {key: x.numpy() for key, x in arrays.items()}
     labels = {f"label/{name}": out[0] for name, out in done.items() if out[0] is not None}
     sources = {"weak": p.weak[:n_u], "is_self": s.is_self, "refined": s.refined,
                "smoothed_weak": s.smoothed_weak}
@@ -709,19 +734,17 @@ def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, see
 
 # --------------------------------------------------------------------------------------------------- analyses
 def judged_right(config: Config, p: Prepared) -> Tensor:
-    """(N,) 1 where the strong model's own answer is right; reads the truth of all rows: for metrics."""
-    answers = torch.tensor([row.label if config.own == "judge" else q.answer
-                            for row, q in zip(p.rows, p.questions)])
-    return (p.belief.argmax(1) == answers).float()
+    """(N,) 1 where the strong model's own answer is right; for metrics."""
+    return (p.belief.argmax(1) == answers(config, p.rows, p.questions)).float()
 
 
 def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed: int, stages: Stages,
                    method="selective"):
     """One student and what went into it: metrics of an analysis."""
     s = select(config, p, p_ik)
-    only = replace(config, methods=(method,))
+    only = replace(config, methods=(method,), keep="")
     labels, out, _ = students(only, p, s, p_ik, strong, seed, stages, lambda line: None)[method]
-    U, truth = slice(p.n_l, p.n_l + p.n_u), torch.tensor([float(row.label) for row in p.rows])
+    U, truth = slice(p.n_l, p.n_l + p.n_u), all_truth(p)
     right = judged_right(config, p)
     return {"seed": seed, "auroc": auroc(p_ik[U], right[U]), "ece": ece(p_ik[U], right[U]), "tau": s.tau,
             "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(labels, truth[U]),
@@ -749,15 +772,13 @@ def difficulty(config: Config, tasks: dict, weak: Side, strong: Side, stages: St
     out = {}
     for seed in config.seeds:
         p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
-        truth, U = torch.tensor([float(row.label) for row in p.rows]), slice(p.n_l, p.n_l + p.n_u)
-        answers = torch.tensor([row.label if config.own == "judge" else q.answer
-                                for row, q in zip(p.rows, p.questions)])
-        guess = torch.cat([p.cross, p.weak])
+        truth, U = all_truth(p), slice(p.n_l, p.n_l + p.n_u)
+        guess, gold = torch.cat([p.cross, p.weak]), answers(config, p.rows, p.questions)
         p_gold = {"weak": torch.where(truth > 0.5, guess, 1 - guess),
-                  "strong": p.belief.gather(1, answers[:, None])[:, 0]}[config.difficulty]
+                  "strong": p.belief.gather(1, gold[:, None])[:, 0]}[config.difficulty]
         easy = {part: x > x.median() for part, x in (("L", p_gold[:p.n_l]), ("U", p_gold[U]))}
         right = judged_right(config, p)[U]
-        for name, rows in (("all", easy["L"] | True), ("easy", easy["L"]), ("hard", ~easy["L"])):
+        for name, rows in (("all", None), ("easy", easy["L"]), ("hard", ~easy["L"])):
             p_ik = know(config, p, rows).p_ik
             metrics = routed_student(config, p, p_ik, strong, seed, stages)
             for part, at in (("easy", easy["U"]), ("hard", ~easy["U"])):
@@ -814,7 +835,7 @@ def fitted(task, sides, config: Config, tell) -> tuple:
 
 def run(config: Config) -> dict:
     """The method for all seeds; writes <out>/<task>/<run id>/{items.npz, result.json}, returns the result."""
-    start = time.perf_counter()
+    start, cuda = time.perf_counter(), config.device.startswith("cuda")
 
     def tell(line: str):
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
@@ -822,7 +843,7 @@ def run(config: Config) -> dict:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--out {config.out}: {error.strerror}; choose another folder") from None
-    if config.device.startswith("cuda"):
+    if cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     print(textwrap.fill("config    " + " ".join(
@@ -833,7 +854,7 @@ def run(config: Config) -> dict:
     weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
     strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
     task, counts = fitted(task, (weak, strong), config, tell)
-    stages = Stages(Path(config.out) / "cache", tell)
+    stages = Stages(Path(config.out) / "cache", tell, config.device)
     runs = []
     for seed in config.seeds:
         runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
@@ -853,7 +874,7 @@ def run(config: Config) -> dict:
                    for name, side in (("weak", weak), ("strong", strong))},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                 "device": config.device,
-                "gpu": torch.cuda.get_device_name() if config.device.startswith("cuda") else None,
+                "gpu": torch.cuda.get_device_name(config.device) if cuda else None,
                 "threads": torch.get_num_threads()},
         "stages": stages.log, "seconds": round(time.perf_counter() - start, 2), "metrics": metrics,
         "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")}
@@ -877,7 +898,8 @@ def rerun(config: Config) -> None:
     try:
         old = json.loads(Path(config.rerun).read_text("utf-8"))
         recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
-        again = Config(**recorded | {"out": config.out, "data_dir": config.data_dir or recorded["data_dir"]})
+        fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
+        again = Config(**recorded | {"out": fresh, "data_dir": config.data_dir or recorded["data_dir"]})
         methods, before = old["metrics"]["methods"], {part: old[part] for part in INPUTS}
         if problem := wrong(again):
             raise ValueError(problem)
@@ -886,6 +908,7 @@ def rerun(config: Config) -> None:
     new = json.loads(json.dumps(run(again)))
     moved = [part for part in INPUTS if before[part] != new[part]]
     differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
+    differ += ["the analysis"] * (old["analysis"] != new["analysis"])
     if differ:
         raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
                         f"differing inputs: {', '.join(moved) or 'none'}")
@@ -899,8 +922,14 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         (rerun if config.rerun else run)(config)
         return 0
-    except (LoadError, DataError, TrainError, ArithmeticError) as error:
+    except (LoadError, DataError, TrainError) as error:
         print(f"selw2s: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not out_of_memory(error):
+            raise
+        print("selw2s: out of memory: use a smaller model, --limit, or a machine with more "
+              "(finished stages are kept: start again)", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)

@@ -81,7 +81,7 @@ def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
         option, label = -1, q.answer
         if q.options != YES_NO:
             right = q.options[q.answer]
-            never = protocol == "openai" and NONE_OF_THE_ABOVE in right         # draws no random()
+            never = protocol == "openai" and NONE_OF_THE_ABOVE in right         # draws no random() [D7]
             label = 0 if never else int(rng.random() < 0.5)
             # An option that repeats the right one's text is not wrong, but to the public code's SciQ it is.
             repeats = protocol == "openai" and not q.context
@@ -94,6 +94,7 @@ def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
     if protocol == "openai":                                                    # Dataset.shuffle(seed)
         return [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
     small, large = sorted(([i for i, item in enumerate(pool) if item.label == y] for y in (0, 1)), key=len)
+    # a class above 55 % is thinned [D12]
     drop = set(rng.sample(large, max(0, len(large) - len(small) * 11 // 9)))    # 55 % : 45 % = 11 : 9
     return [item for i, item in enumerate(pool) if i not in drop]
 
@@ -139,7 +140,7 @@ def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) 
         return max((len(ids) for encode in encoders for ids in encode(texts)), default=0) - room
 
     def cut(q):
-        most = len((prompt(q) + max(q.options, key=len)).encode()) + 64     # a token is a byte or more
+        most = len(prompt(q).encode()) + max(len(o.encode()) for o in q.options) + 64   # a token has a byte
         if most <= room or (over := excess(q)) <= 0:
             return q
         words = q.context.split(" ")
@@ -148,7 +149,7 @@ def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) 
             if not words:
                 raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
                                 "even without its context: shorten it")
-            q = q._replace(context=" ".join(words))
+            q = q._replace(context=" ".join(words))                             # cut, never dropped [D11]
             over = excess(q)
         return q
     seen = {q.group for q in task.test} if apart else ()

@@ -105,7 +105,7 @@ def main_block(_: str) -> str:
         cells += [spread(difference["mean"], difference["ci95"])]
         cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "selective")]
         cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
-                  f"{sum(stage['seconds'] for stage in result['stages']):.0f}",
+                  f"{sum({stage['key']: stage['seconds'] for stage in result['stages']}.values()):.0f}",
                   f"[json](data/results/{task}/result.json)"]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
         commands.append(f"    {result['command']}")
@@ -181,10 +181,10 @@ def decisions_block(text: str) -> str:
     for line in text.splitlines():
         tag, effects = re.match(r"\| (D\d+) \|", line), []
         for flags in map(" ".join, DECISIONS.get(tag[1], ()) if tag else ()):
-            changes = (accuracies[task, flags] - accuracies[task, ""] for task in TASKS)
-            effects.append(f"`{flags}` " + ", ".join(f"{change.mean():+.3f}" for change in changes))
-        cells = [*line.split(" | ")[:4], ("; ".join(effects) or "not measured") + " |"]
-        out.append(" | ".join(cells) if tag else line)
+            changes = [accuracies[task, flags] - accuracies[task, ""] for task in TASKS]
+            effects.append(f"`{flags}` " + ", ".join(
+                f"{c.mean():+.3f} ± {c.std(ddof=1) / len(c) ** 0.5:.3f}" for c in changes))
+        out.append(" | ".join([*line.split(" | ")[:4], "; ".join(effects) + " |"]) if effects else line)
     return "\n".join(out)
 
 

@@ -59,30 +59,38 @@ def ece(p: Tensor, y: Tensor, bins: int = 10) -> float:
     return sum(n * abs(mean_p - mean_y) for mean_p, mean_y, n in reliability(p, y, bins)) / len(p)
 
 
-def bootstrap(right: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Paired bootstrap over test items, seeds: right (methods, seeds, N) 0/1 -> (draws, methods) accuracies.
+def bootstrap(right: np.ndarray, group: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Paired bootstrap over test items and seeds: right (methods, seeds, N) 0/1, group (N,) -> accuracies
+    (draws, methods).
 
-    Every draw resamples items once for all methods and seeds, and seeds once for all methods, so differences
-    of columns are differences on the same items."""
+    Items of one group (one passage, one fact in several wordings) are drawn together: they are right or wrong
+    together. Every draw resamples groups once for all methods and seeds, and seeds once for all methods, so
+    differences of columns are differences on the same items."""
     rng = np.random.default_rng(seed)
-    methods, seeds, n = right.shape
+    methods, seeds, _ = right.shape
+    _, which, size = np.unique(group, return_inverse=True, return_counts=True)
+    sums = np.zeros((methods, seeds, len(size)))
+    np.add.at(sums, (slice(None), slice(None), which), right)
     out = np.empty((draws, methods))
     for i in range(draws):
-        weight = np.bincount(rng.integers(n, size=n), minlength=n) / n
-        out[i] = (right @ weight)[:, rng.integers(seeds, size=seeds)].mean(1)
+        weight = np.bincount(rng.integers(len(size), size=len(size)), minlength=len(size))
+        out[i] = (sums @ weight)[:, rng.integers(seeds, size=seeds)].mean(1) / (size @ weight)
     return out
 
 
 def sign_flip(differences: list[float]) -> float:
-    """Two-sided exact sign-flip p-value of per-seed differences; with S seeds it cannot go below 2 / 2^S."""
+    """Two-sided sign-flip p-value of per-seed differences; with S seeds it cannot go below 2 / 2^S. Exact up
+    to 16 seeds, beyond by 2^16 random flips."""
     d = np.asarray(differences)
-    signs = np.array(np.meshgrid(*[[-1, 1]] * len(d))).reshape(len(d), -1)
-    return float((np.abs(signs.T @ d) >= abs(d.sum()) - 1e-12).mean())
+    rng = np.random.default_rng(0)
+    flips = np.arange(2 ** len(d)) if len(d) <= 16 else rng.integers(2 ** 62, size=2 ** 16)
+    sums = (1 - 2 * (flips[:, None] >> np.arange(len(d)) & 1)) @ d
+    return float((np.abs(sums) >= abs(d.sum()) - 1e-12).mean())
 
 
 def diagnose(run: dict, methods) -> dict:
     """Everything said about one seed beside the accuracies; recomputable from items.npz alone."""
-    u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k != "id"}
+    u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k not in ("id", "group")}
             for part in ("transfer", "test"))
     routed = u["is_self"]
     parts = {"all": torch.ones_like(routed), "routed": routed, "unrouted": ~routed}
@@ -131,9 +139,13 @@ def ratio(part: Tensor, whole: Tensor) -> float | None:
 
 def summarise(runs: list[dict], methods) -> dict:
     """Accuracy, PGR, difference to naive per method; 95 % intervals: paired bootstrap, items and seeds."""
-    right = np.array([[(r["test"][f"p/{m}"] > 0.5) == (r["test"]["truth"] > 0.5) for r in runs]
-                      for m in methods], float)
-    draws, mean, per_seed = bootstrap(right), right.mean((1, 2)), right.mean(2)
+    asked = [np.array([name.rsplit("/", 1)[0] for name in r["test"]["id"].tolist()]) for r in runs]
+    order = [np.argsort(ids, kind="stable") for ids in asked]   # another seed may show another candidate, in
+    assert all(np.array_equal(ids[o], asked[0][order[0]]) for ids, o in zip(asked, order))  # another place
+    right = np.array([[((r["test"][f"p/{m}"] > 0.5) == (r["test"]["truth"] > 0.5))[o]
+                       for r, o in zip(runs, order)] for m in methods], float)
+    draws = bootstrap(right, runs[0]["test"]["group"][order[0]])
+    mean, per_seed = right.mean((1, 2)), right.mean(2)
     at = {m: i for i, m in enumerate(methods)}
     interval = lambda x: [float(q) for q in np.percentile(x, [2.5, 97.5])]      # noqa: E731
     out, gap = {}, None
@@ -159,9 +171,10 @@ def summarise(runs: list[dict], methods) -> dict:
                                   "ci95": interval(draws[:, i] - draws[:, at["naive"]]),
                                   "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
         out[m] = row
-    prior = float(np.mean(runs[0]["test"]["truth"]))
+    prior = float(np.mean([r["test"]["truth"].mean() for r in runs]))
     return {"methods": out, "class_prior": prior, "majority": max(prior, 1 - prior),
-            "test_items": right.shape[2], "pgr_defined": None if gap is None else bool(defined),
+            "test_items": right.shape[2], "test_groups": len(set(runs[0]["test"]["group"].tolist())),
+            "seeds": len(runs), "pgr_defined": None if gap is None else bool(defined),
             "gap": None if gap is None else {"mean": float(mean[at["ceiling"]] - mean[at["weak"]]),
                                              "se": float(gap.std())}}
 
@@ -180,8 +193,9 @@ def table(metrics: dict) -> str:
                      f"{'-' if r['label_accuracy'] is None else format(r['label_accuracy'], '.3f'):>13}"
                      f"{r['ground_truth_labels']:>11,}")
     lines.append(f"test: {metrics['test_items']:,} items, majority class {metrics['majority']:.3f}; "
-                 "intervals: paired bootstrap over items and seeds"
-                 + ("; * needs the hidden truth: an upper bound" if "oracle" in metrics["methods"] else ""))
+                 f"intervals: paired bootstrap over {metrics['test_groups']:,} groups of items"
+                 + " and over seeds" * (metrics["seeds"] > 1)
+                 + "; * knows the hidden truth: not attainable" * ("oracle" in metrics["methods"]))
     if metrics["pgr_defined"] is False:
         gap = metrics["gap"]
         lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, "

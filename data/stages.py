@@ -37,12 +37,13 @@ def digest(*parts) -> str:
 class Stages:
     """stages(...) gives a stage's tensors: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors."""
 
-    def __init__(self, directory: Path, tell: Callable[[str], None]):
-        self.directory, self.tell, self.log = directory, tell, []
-        self.source = digest(NETWORKS.read_text("utf-8"), torch.__version__, torch.get_num_threads())
+    def __init__(self, directory: Path, tell: Callable[[str], None], device: str = "cpu"):
+        self.directory, self.tell, self.device, self.log = directory, tell, device, []
+        gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
+        self.source = digest(NETWORKS.read_text("utf-8"), torch.__version__, torch.get_num_threads(), *gpu)
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
-            if time.time() - left.stat().st_mtime > 86400:
+            if left.suffix != ".unfinished" and time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
     def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
@@ -57,18 +58,18 @@ class Stages:
                 record = json.loads(bytes(tensors.pop("record").tolist()))
                 if record.pop("sha256") != digest(*(tensors[key] for key in sorted(tensors))):
                     raise SafetensorError("its checksum differs")
-                self.log.append({"name": name, "cached": True, **record})
+                self.log.append({"name": name, "cached": True, "key": path.stem[-12:], **record})
                 return tensors
             except (SafetensorError, KeyError, ValueError) as error:
                 self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
         start = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
         tensors = {key: value.contiguous() for key, value in compute(unfinished).items()}
-        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(), **work}
+        record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(self.device), **work}
         if "tokens" in work:
             record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
-        self.log.append({"name": name, "cached": False, **record})
+        self.log.append({"name": name, "cached": False, "key": path.stem[-12:], **record})
         record["sha256"] = digest(*(tensors[key] for key in sorted(tensors)))
         blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -81,10 +82,10 @@ class Stages:
         return tensors
 
 
-def peak_gb() -> float:
-    """Peak memory so far in GB: of the GPU if there is one (since the stage began), else of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+def peak_gb(device: str) -> float:
+    """Peak memory so far in GB: of the GPU since the stage began, or of this process."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 

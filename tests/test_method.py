@@ -45,19 +45,36 @@ def test_sign_flip_enumerates_and_cannot_go_below_its_floor():
     flips = [abs(a * 3 + b * 1 + c * 1) >= 3 for a in (1, -1) for b in (-1, 1) for c in (-1, 1)]
     close(r.sign_flip([3.0, -1.0, 1.0]), float(np.mean(flips)))
     assert r.sign_flip([1.0] * 6) == 2 / 2 ** 6
+    ones = [math.comb(20, n) / 2 ** 20 for n in range(21)]      # n of 20 are +1: their sum is 2 n - 20
+    exact = sum(p * np.mean([abs(2 * n - 20 + a) >= 8 for a in (8, 0, 0, -8)]) for n, p in enumerate(ones))
+    close(r.sign_flip([1.0, -1.0] * 10 + [4.0] * 2), exact, 0.01)       # 22 seeds: by chance
+    assert r.sign_flip([1.0] * 40) < 1e-4
 
 
 def test_bootstrap_is_paired_and_seeded():
     rng = np.random.default_rng(1)
     a = rng.random((1, 3, 400)) < 0.7
     right = np.concatenate([a, a, ~a]).astype(float)
-    draws = r.bootstrap(right, draws=500)
+    each = np.arange(400)
+    draws = r.bootstrap(right, each, draws=500)
     np.testing.assert_array_equal(draws[:, 0], draws[:, 1])     # same items: the difference has no variance
     np.testing.assert_allclose(draws[:, 0] + draws[:, 2], 1)    # and the complement is drawn with it
-    np.testing.assert_array_equal(draws, r.bootstrap(right, draws=500))
-    one = r.bootstrap(right[:, :1], draws=4000)[:, 0]                   # one seed: binomial standard error
+    np.testing.assert_array_equal(draws, r.bootstrap(right, each, draws=500))
+    one = r.bootstrap(right[:, :1], each, draws=4000)[:, 0]             # one seed: binomial standard error
     p = right[0, 0].mean()
     assert abs(one.std() / math.sqrt(p * (1 - p) / 400) - 1) < 0.05
+
+
+def test_bootstrap_draws_whole_groups():
+    """Items that are right or wrong four at a time carry a quarter of the information."""
+    rng = np.random.default_rng(2)
+    first = (rng.random((1, 1, 100)) < 0.6).astype(float)
+    right, group = np.repeat(first, 4, 2), np.repeat(np.arange(100), 4).astype(str)
+    p = first.mean()
+    for grouping, n in ((group, 100), (np.arange(400), 400)):
+        assert abs(r.bootstrap(right, grouping, draws=4000).std() / math.sqrt(p * (1 - p) / n) - 1) < 0.05
+    uneven = r.bootstrap(np.array([[[1, 1, 1, 0.0]]]), np.array(list("aaab")), draws=4000)[:, 0]
+    assert set(np.round(uneven, 6)) == {0.0, 0.75, 1.0}     # b b, a b, a a: shares of items
 
 
 def test_summarise_says_pgr_is_undefined_in_a_small_gap():
@@ -65,7 +82,9 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
         truth = np.ones(n)
         p = {f"p/{m}": (np.arange(n) < round(a * n)).astype(float) for m, a in
              (("weak", weak), ("naive", student), ("ceiling", ceiling))}
-        return {"test": {"truth": truth, **p}, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7},
+        names = np.array([f"q{i}/0" for i in range(n)])
+        test = {"id": names, "group": names, "truth": truth, **p}
+        return {"test": test, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7},
                 "n": {"labelled": 5}, "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
     small = s.summarise([fake(0.70, 0.702, 0.703)], methods)
@@ -84,6 +103,23 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
     close(rows["weak"]["minus_naive"]["mean"], 0.09, 1e-9)
     close(rows["ceiling"]["minus_naive"]["mean"], -0.11, 1e-9)
     assert rows["ceiling"]["minus_naive"]["smallest_p"] == 0.5 and rows["naive"]["per_seed"] == [0.6, 0.62]
+
+
+def test_seeds_are_joined_by_question():
+    """Another seed may show the test items in another order, with other candidates: --protocol openai."""
+    y, p = np.array([1.0, 0, 1, 0, 1]), np.array([0.9, 0.9, 0.9, 0.1, 0.1])     # wrong: q1, q4
+    runs = []
+    for order, shown in ((range(5), "0"), ((4, 2, 0, 3, 1), "2")):
+        test = {"id": np.array([f"q{i}/{shown}" for i in order]), "group": np.array([f"g{i}" for i in order]),
+                "truth": y[list(order)], "p/weak": p[list(order)]}
+        runs.append({"test": test, "transfer": {}, "truth_used": {}, "n": {"labelled": 5},
+                     "weights": {"weak": ""}})
+    one, two = s.summarise(runs[:1], ("weak",)), s.summarise(runs, ("weak",))
+    assert one["methods"]["weak"]["ci95"] == two["methods"]["weak"]["ci95"]     # the second seed adds nothing
+    assert two["methods"]["weak"]["per_seed"] == [0.6, 0.6] and two["test_groups"] == 5 and two["seeds"] == 2
+    runs[1]["test"]["id"][0] = "q7/0"
+    with pytest.raises(AssertionError):
+        s.summarise(runs, ("weak",))
 
 
 # ------------------------------------------------------------------------------------------------------ probe

@@ -235,6 +235,48 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
         3 if "--shots" in flags else 0)
 
 
+def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
+    """Its answer stood in the prompt: it is kept from P(IK), the choice of smoothing and the trust probe."""
+    from data.stages import Stages
+    config = selw2s.parse([*tiny, "--shots", "4", "--out", str(tmp_path)])
+    sides, told = [selw2s.open_side(tiny[i], config) for i in (3, 5)], []
+    task = selw2s.load_task(tiny[1])
+    p = selw2s.prepare(config, task, *sides, 0, Stages(tmp_path / "cache", told.append), told.append)
+    prompt = next(line for line in told if line.startswith("3 prompt"))
+    shown = [q for q in p.questions[:p.n_l] if selw2s.prompt(q)[:30] in prompt]
+    assert shown and not any(use for q, use in zip(p.questions, p.usable) if q.group == shown[0].group)
+    left = {q.group for q, use in zip(p.questions, p.usable) if use}
+    out = {q.group for q, use in zip(p.questions, p.usable) if not use}
+    assert not left & out and len(out) <= 4 and (~p.usable).sum() >= 4
+    spoiled = p._replace(own=p.own.clone(), cross=p.cross.clone(), truth=p.truth.clone(), gold=p.gold.clone())
+    gone = (~p.usable).nonzero()[:, 0]
+    spoiled.own[gone], spoiled.gold[gone] = 1 - spoiled.own[gone], (spoiled.gold[gone] + 1) % 4
+    a, b = selw2s.know(config, p), selw2s.know(config, spoiled)
+    U = slice(p.n_l, p.n_l + p.n_u)
+    assert torch.equal(a.p_ik[U], b.p_ik[U])
+    for x, y in zip(selw2s.select(config, p, a.p_ik)[1:6], selw2s.select(config, spoiled, b.p_ik)[1:6]):
+        assert torch.equal(x, y)
+    spoiled.truth[gone] = 1 - spoiled.truth[gone]
+    assert torch.equal(selw2s.trust(p, a.p_ik), selw2s.trust(spoiled, b.p_ik))
+
+
+def test_a_judged_yes_no_item_shows_the_candidate_yes(tiny, tmp_path):
+    import json as js
+    lines = [{"question": f"is thing {i} red", "options": ["yes", "no"], "answer": i % 3 % 2, "id": f"q{i}",
+              "split": "train" if i < 60 else "test"} for i in range(90)]
+    file = tmp_path / "yesno.jsonl"
+    file.write_text("".join(js.dumps(line) + "\n" for line in lines))
+    told, flags = [], ["--own", "judge", "--out", str(tmp_path)]
+    config = selw2s.parse(["--task", str(file), *tiny[2:], *flags])
+    from data.stages import Stages
+    sides = [selw2s.open_side(tiny[i], config) for i in (3, 5)]
+    stages = Stages(tmp_path / "cache", told.append)
+    p = selw2s.prepare(config, selw2s.load_task(str(file)), *sides, 0, stages, told.append)
+    shot = next(line for line in told if line.startswith("3 prompt"))
+    assert "red\\nAnswer: yes\\nRespond with 1" in shot and "' 0' or ' 1'" in shot
+    assert p.belief.shape[1] == 2 and torch.equal(p.own, (p.belief.argmax(1) == 1).float())
+
+
 def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
     """Against one plain forward pass per (question, option)."""
     from model import load
@@ -303,7 +345,7 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
     flags = ("--methods", "selective", "--keep", "selective")
     for _ in range(2):                                  # computed, then from the cache
         result = go(tiny, tmp_path, *flags)
-        folder = tmp_path / "students" / "task-selective-seed0"
+        folder, = (tmp_path / "students").glob("task-selective-seed0-????????")
         head = load_file(folder / "model.safetensors")["score.weight"]
         whole = {**load_file(folder / "model.safetensors")}
         del whole["score.weight"]
