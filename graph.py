@@ -265,16 +265,21 @@ def propagate(S, Y, alpha, *, clamp=None, tol=1e-6, max_iter=1000):
         raise ValueError(f"propagate: Y must be finite ({len(S)}, M), not empty, got shape {tuple(Y.shape)}")
     F, S, scale = Y.clone(), S.double(), (1 - alpha) * Y.abs().amax(0)          # (N, M), (N, N), (M,)
     free = (S @ Y.new_ones(len(S), 1) > 0).double()                             # (N, 1)
+    crow, col, value = S.crow_indices(), S.col_indices(), S.values()            # (E,) the last two
     if clamp is not None:
         free[torch.as_tensor(clamp, dtype=torch.bool, device=S.device)] = 0
+        value = value * (free[:, 0].repeat_interleave(crow.diff()) * free[col, 0])
+    # S_uu, other rows zero; 64-bit indices would be copied to 32 bits in every product
+    inner = torch.sparse_csr_tensor(crow.int(), col.int(), value, S.shape, check_invariants=False)
     R = free * (alpha * (S @ Y - Y))                # (N, M): the residual at F = Y, zero for alpha = 0
-    P, rr, goal, iterations = R, (R * R).sum(0), (tol * scale) ** 2, 0
+    P, rr, goal, iterations = R.clone(), (R * R).sum(0), (tol * scale) ** 2, 0
     while (rr > goal).any() and iterations < max_iter:
-        Q = P - free * (alpha * (S @ P))            # (I - alpha S_uu) P
+        Q = torch.addmm(P, inner, P, alpha=-alpha)                  # (I - alpha S_uu) P
         step = torch.where(rr > goal, rr / (P * Q).sum(0), 0)       # (M,): a converged column stands still
-        F, R = F + step * P, R - step * Q
+        F.addcmul_(step, P)
+        R.addcmul_(step, Q, value=-1)
         rr, last, iterations = (R * R).sum(0), rr, iterations + 1
-        P = R + torch.where(rr > goal, rr / last, 0) * P
+        P.mul_(torch.where(rr > goal, rr / last, 0)).add_(R)
     R = free * ((1 - alpha) * Y + alpha * (S @ F) - F)
     residual = torch.where(scale > 0, R.norm(dim=0) / scale, 0).max().item()
     if residual > tol:
