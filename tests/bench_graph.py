@@ -2,6 +2,8 @@
 
     python tests/bench_graph.py                   # knn baselines propagate spreading: 10 minutes on two cores
     python tests/bench_graph.py knn --threads 1   # some of them
+    OPENBLAS_NUM_THREADS=1 python tests/bench_graph.py propagate    # else scipy's BLAS threads spin on after
+                                                  # a call and slow who runs next; scipy itself gains by it
     python tests/bench_graph.py growth            # N = 10k ... 80k: data/results/graph_growth.json and .svg
     python tests/bench_graph.py memory            # peak memory of the self-join of N = 200,000, d = 64
 
@@ -92,8 +94,6 @@ def baselines(repeats):
 def propagate(repeats):
     import scipy.sparse as sparse
     from scipy.sparse.linalg import cg
-    from threadpoolctl import threadpool_limits
-    threadpool_limits(1, "blas")    # its threads spin on after a call and slow who runs next; scipy gains by it
     n = 100_000
     S = graph.normalise(graph.affinity(*graph.knn(gaussian(n, 8), K)))
     Y = torch.rand(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

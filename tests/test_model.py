@@ -824,6 +824,17 @@ def test_what_cannot_be_trained(tiny, monkeypatch):
         M.finetune(net, **TRAIN)
 
 
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny, tmp_path):
+    net, _ = M.load(tiny)
+    with pytest.raises(M.TrainError, match="loss is nan at step 4 of 6"):
+        M.finetune(net, **TRAIN, save=tmp_path / "run",
+                   target_fn=lambda p, w, fraction: w if fraction < 0.5 else w * torch.nan)
+    state = load_file(tmp_path / "run")
+    assert all(x.isfinite().all() for x in state.values())
+    with M.open_tensors(tmp_path / "run") as file:
+        assert file.metadata()["step"] == "3"
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_broken_run_goes_on_to_the_same_bits(tune, tiny, tmp_path, monkeypatch):
     net, _ = M.load(tiny)

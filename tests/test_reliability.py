@@ -160,6 +160,15 @@ def test_rerun_repeats_and_compares(tiny, tmp_path, capsys):
     assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path / "b")]) == 2
 
 
+def test_rerun_computes_everything_again_and_leaves_the_compared_file(tiny, tmp_path):
+    assert selw2s.main([*tiny, *METHODS, "--out", str(tmp_path)]) == 0
+    file = next(tmp_path.glob("*/*/result.json"))
+    before = file.read_bytes()
+    assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path)]) == 0
+    again = json.loads(next(tmp_path.glob("rerun-*/*/*/result.json")).read_text())
+    assert file.read_bytes() == before and not any(stage["cached"] for stage in again["stages"])
+
+
 def test_a_finetune_goes_on_from_its_last_save(tiny, tmp_path, unbroken, monkeypatch, capsys):
     import model
     monkeypatch.setattr(model, "SAVE_SECONDS", 0.0)

@@ -363,6 +363,13 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
         (folder / "model.safetensors").unlink()
 
 
+def test_an_analysis_leaves_the_kept_students_alone(tiny, tmp_path):
+    result = go(tiny, tmp_path, "--methods", "route-only", "--keep", "route-only", "--analysis", "sweep")
+    folder, = (tmp_path / "students").iterdir()
+    weights = result["metrics"]["methods"]["route-only"]["weights"][0]
+    assert folder.name == f"task-route-only-seed0-{weights[:8]}"
+
+
 # ------------------------------------------------------------------------------------------------------ demo
 @pytest.mark.slow
 def test_demo_shows_weak_naive_selective_ceiling_in_this_order(tmp_path):
