@@ -166,7 +166,8 @@ def test_rerun_computes_everything_again_and_leaves_the_compared_file(tiny, tmp_
     before = file.read_bytes()
     assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path)]) == 0
     again = json.loads(next(tmp_path.glob("rerun-*/*/*/result.json")).read_text())
-    assert file.read_bytes() == before and not any(stage["cached"] for stage in again["stages"])
+    first = {stage["key"]: stage["cached"] for stage in reversed(again["stages"])}      # of equal stages
+    assert file.read_bytes() == before and len(first) >= 6 and not any(first.values())
 
 
 def test_a_finetune_goes_on_from_its_last_save(tiny, tmp_path, unbroken, monkeypatch, capsys):
