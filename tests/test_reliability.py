@@ -113,9 +113,10 @@ def test_two_runs_at_once_in_one_directory(tiny, tmp_path, unbroken):
 
 
 def test_interrupt_signal(tiny, tmp_path, unbroken):
-    child = subprocess.Popen(       # a shell's background jobs ignore the signal, and their children with them
-        [sys.executable, "selw2s.py", *tiny, *METHODS, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    # a shell's background jobs ignore the signal, and their children with them
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)     # noqa: E731
+    child = subprocess.Popen([sys.executable, "selw2s.py", *tiny, *METHODS, "--out", str(tmp_path)], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for line in child.stdout:
         if "2 weak" in line:
             child.send_signal(signal.SIGINT)
