@@ -2,7 +2,7 @@
 
 symbol  name here    meaning                                                     source
 PGR     pgr          performance gap recovered, of accuracies on test            Burns et al. 2023, section 3
-ECE     ece          expected calibration error, ten bins of equal count         method.md, step 4
+ECE     ece          expected calibration error, ten bins of equal count         arXiv 1706.04599
 AUROC   auroc        P(a positive ranks above a negative), ties half
 
 Shapes: N items, S seeds. p (N,) is a probability of y = 1, y (N,) is 0/1; right is 0/1.
