@@ -535,14 +535,17 @@ def export(c: Config, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 class Batch:
     """How packed sequences attend. tree: (P,) int64 or None, the branch each token is on, 0 = trunk: a token
     sees those before it in its sequence that are on the trunk or on its own branch, and its position counts
-    them. kinds: the (window, explicit mask?) pairs needed. Neighbours of equal length form a run."""
+    them. kinds: the (window, explicit mask?) pairs needed. keep (B,) or None: the one token of each sequence
+    that still looks in the last block. Neighbours of equal length form a run."""
 
-    def __init__(self, lengths: list[int], tree, kinds: set, device):
-        self.runs = [(len(list(same)), T) for T, same in itertools.groupby(lengths)]
+    def __init__(self, lengths: list[int], tree, kinds: set, keep, device):
+        self.runs, self.keep = [(len(list(same)), T) for T, same in itertools.groupby(lengths)], keep
         self.sizes = [B * T for B, T in self.runs]
-        positions, self.masks = [], {kind: [] for kind in kinds}
+        positions, self.masks, self.kept = [], {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
         branches = itertools.repeat(None) if tree is None else tree.split(self.sizes)
-        for (B, T), branch in zip(self.runs, branches):
+        rows = itertools.repeat(None) if keep is None else (
+            keep - torch.tensor(lengths, device=device).cumsum(0)).split([B for B, _ in self.runs])
+        for (B, T), branch, row in zip(self.runs, branches, rows):  # row: kept places, from a sequence's end
             at = torch.arange(T, device=device)  # (T,)
             sees = at[:, None] >= at  # (T, T)
             if branch is not None:
@@ -554,20 +557,25 @@ class Batch:
                 plain = branch is None and not explicit and (window is None or window >= T)
                 near = sees if window is None else sees & (at[..., :, None] - at[..., None, :] < window)
                 self.masks[window, explicit].append(None if plain else near.view(-1, 1, T, T))
+                if row is not None:
+                    near = near.expand(B, T, T)[torch.arange(B, device=device), row]
+                    self.kept[window, explicit].append(near[:, None, None])  # (B, 1, 1, T)
         self.position = torch.cat(positions)  # (P,)
 
     def attend(self, q, k, v, kind, scale, cap):
-        """q (P, H, D), k and v (P, K, D) -> (P, H * D). No mask: causal; a mask is True where a token may
-        look."""
-        out = []
-        for (B, T), mask, *qkv in zip(self.runs, self.masks[kind], *(x.split(self.sizes) for x in (q, k, v))):
-            q, k, v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (B, H, T, D)
+        """k and v (P, K, D), q (P, H, D) or of the kept tokens (B, H, D) -> (P or B, H * D). No mask: causal;
+        a mask is True where a token may look."""
+        out, all_look = [], len(q) == len(k)
+        masks = self.masks[kind] if all_look else self.kept[kind]
+        parts = q.split(self.sizes if all_look else [B for B, _ in self.runs])
+        for (B, _), mask, *qkv in zip(self.runs, masks, parts, k.split(self.sizes), v.split(self.sizes)):
+            q, k, v = (x.view(B, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (B, H, T, D)
             if cap is None:
                 y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
             else:
                 scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B, H, T, T)
                 y = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
-            out.append(y.transpose(1, 2).reshape(B * T, -1))
+            out.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(out)
 
 
@@ -592,8 +600,35 @@ def rotate(x, cos, sin):
     a cos - b sin, b cos + a sin. x (P, H, D)"""
     R = cos.shape[-1]
     part = x[..., :R].float() if R < x.shape[-1] else x.float()
-    turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x.dtype)
+    turned = (part * cos).addcmul_(part.roll(R // 2, -1), sin).to(x.dtype)
     return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], -1)
+
+
+def times(x, y):
+    """x * y, in x's own memory where no gradient asks for x: new memory costs more than the product."""
+    return x * y if x.requires_grad else x.mul_(y)
+
+
+class Product(torch.autograd.Function):
+    """F.linear for float32 on a CPU, x (P, C), weight (O, C) -> (P, O), as a convolution over single pixels:
+    that asks oneDNN, 1.1 to 1.5 times as fast as MKL, which F.linear asks. MKL keeps the weight's gradient,
+    where it is the faster one."""
+
+    @staticmethod
+    def pixels(x, weight, bias=None):
+        image = x.contiguous().view(1, len(x), 1, -1).permute(0, 3, 1, 2)  # (1, C, P, 1), channels last
+        return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).view(len(x), -1)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return Product.pixels(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        return (Product.pixels(gradient, weight.t()) if wanted[0] else None,
+                gradient.t() @ x if wanted[1] else None, gradient.sum(0) if wanted[2] else None)
 
 
 class AddRows(torch.autograd.Function):
@@ -630,10 +665,12 @@ class Transformer:
         if bias is not None:
             return F.layer_norm(x.float(), weight.shape, weight, bias, self.config.eps).to(x.dtype)
         size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)  # on CPUs F.rms_norm is half as fast
-        return (x * torch.rsqrt(size * size / len(weight) + self.config.eps) * weight).to(x.dtype)
+        return times(x * torch.rsqrt(size * size / len(weight) + self.config.eps), weight).to(x.dtype)
 
     def linear(self, x, name):
-        y = F.linear(x, self.params[name + ".weight"], self.params.get(name + ".bias"))
+        weight, bias = self.params[name + ".weight"], self.params.get(name + ".bias")
+        onednn = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= ONEDNN_TOKENS
+        y = Product.apply(x, weight, bias) if onednn else F.linear(x, weight, bias)
         if name + ".lora_a" in self.params:
             y = y + F.linear(F.linear(x, self.params[name + ".lora_a"]), self.params[name + ".lora_b"])
         return y
@@ -645,14 +682,16 @@ class Transformer:
         x = x if gain is None else self.norm(x.view(len(x), -1, len(gain)), name)
         return x.reshape(len(x), -1, self.config.head_dim)
 
-    def attention(self, x, layer, batch, kind, table):
-        """(P, C) -> (P, H * D)"""
+    def attention(self, x, layer, batch, kind, table, keep):
+        """(P, C) -> (P, H * D), or (B, H * D) of the kept tokens"""
         c = self.config
-        q = self.heads(self.linear(x, layer + "q"), layer + "q_norm")  # (P, H, D)
+        looks = x if keep is None else x[keep]
+        q = self.heads(self.linear(looks, layer + "q"), layer + "q_norm")  # (P or B, H, D)
         k = self.heads(self.linear(x, layer + "k"), layer + "k_norm")  # (P, K, D)
         v = self.linear(x, layer + "v").view(k.shape)  # (P, K, D)
         if table:
-            q, k = rotate(q, *table), rotate(k, *table)
+            q = rotate(q, *(table if keep is None else (t[keep] for t in table)))
+            k = rotate(k, *table)
         if c.kv_heads < c.heads:  # a key/value head serves H / K neighbouring query heads
             k, v = (y.repeat_interleave(c.heads // c.kv_heads, 1) for y in (k, v))
         return batch.attend(q, k, v, kind, c.scale, c.attn_cap)
@@ -660,12 +699,12 @@ class Transformer:
     def mlp(self, x, layer):
         act, up = ACTIVATIONS[self.config.act], self.linear(x, layer + "up")  # (P, I)
         gated = layer + "gate.weight" in self.params
-        return self.linear(act(self.linear(x, layer + "gate")) * up if gated else act(up), layer + "down")
+        y = times(act(self.linear(x, layer + "gate")), up) if gated else act(up)
+        return self.linear(y, layer + "down")
 
     def block(self, x, layer, batch, kind, table, keep):
-        a = self.attention(self.norm(x, layer + "norm1"), layer, batch, kind, table)
-        if keep is not None:  # nothing looks at the other tokens any more
-            x, a = x[keep], a[keep]
+        a = self.attention(self.norm(x, layer + "norm1"), layer, batch, kind, table, keep)
+        x = x if keep is None else x[keep]  # nothing looks at the other tokens any more
         a = self.norm(self.linear(a, layer + "o"), layer + "post1")
         if self.config.parallel:
             return x + a + self.mlp(self.norm(x, layer + "norm2"), layer)
@@ -675,12 +714,13 @@ class Transformer:
     def packed(self, tokens, lengths: list[int], layers: Sequence[int | None] = (None,), tree=None,
                keep=None) -> list[torch.Tensor]:
         """tokens (P,) int64, sequences end to end -> one (P, C) per entry of layers: None = after the final
-        norm, i = the residual stream after block i (0 = embeddings). keep: indices of the tokens whose states
-        are wanted, instead of all P. tree: see Batch. ValueError for a sequence longer than the context."""
+        norm, i = the residual stream after block i (0 = embeddings). keep (B,): index of the one token of
+        each sequence whose state is wanted, instead of all P. tree: see Batch. ValueError for a sequence
+        longer than the context."""
         c, row = self.config, FAMILIES[self.config.family]
         assert tokens.shape == (sum(lengths),) and min(lengths) > 0, "sequences end to end, none empty"
         kinds = [(window, c.attn_cap is not None) for window in c.windows]
-        batch = Batch(lengths, tree, set(kinds), tokens.device)
+        batch = Batch(lengths, tree, set(kinds), keep, tokens.device)
         if max(lengths) > c.context and int(batch.position.max()) >= c.context:
             raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the "
                              f"context of {c.context}")
@@ -841,6 +881,7 @@ def from_ranks(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
+ONEDNN_TOKENS = 1024  # from here Product wins: oneDNN prepares half a millisecond for each new shape
 BATCH_TOKENS = 2048  # enough for a few CPU cores, few enough for their cache; a GPU wants more
 
 
@@ -1042,9 +1083,12 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
     given = torch.as_tensor(targets, dtype=torch.float32, device=model.device)
     embed = trained.get("embed.weight")
 
-    def clear():
-        for x in trained.values():  # one gradient stays and becomes zero: see AddRows
-            x.grad = None if x is not embed else torch.zeros_like(x) if x.grad is None else x.grad.zero_()
+    def clear(rows):
+        for x in trained.values():
+            if x is not embed:
+                x.grad = None
+        if embed is not None:  # its gradient stays, see AddRows, and is zero but for the tokens seen
+            embed.grad.index_fill_(0, pack([sequences[i] for i in rows], model.device)[0], 0.0)
 
     def logits(rows):  # (len(rows), 2) float32
         state = seen(model, trained, lora_alpha / rank)
@@ -1057,7 +1101,8 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
         return F.linear(student.packed(tokens, lengths, keep=last)[0].float(), state["classifier.weight"])
 
     saved_at = time.monotonic()
-    clear()
+    if embed is not None:
+        embed.grad = torch.zeros_like(embed)
     for step in range(resume(save, trained, adam), len(steps)):
         adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
         rows, loss = steps[step], None
@@ -1073,14 +1118,14 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
                     raise TrainError(f"out of memory at step {step + 1} with one sequence of {max(lengths)} "
                                      "tokens: tune less (lora, head) or recompute activations") from None
                 batch_tokens = min(batch_tokens, sum(lengths)) // 2
-                clear()  # the step starts again from nothing
+                clear(rows)  # the step starts again from nothing
         if not math.isfinite(loss):
             if save and step:  # the weights are still those of the last good step
                 suspend(save, trained, adam, step)
             raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
                              "lower it")
         adam.step()
-        clear()
+        clear(rows)
         if progress:
             progress(step + 1, len(steps), loss)
         if save and time.monotonic() - saved_at > SAVE_SECONDS:

@@ -207,6 +207,38 @@ def test_parity(variant, reference):
     parity(net, states, grads)
 
 
+@pytest.mark.parametrize("variant", ["gpt2", "llama"])
+def test_parity_by_convolution(variant, reference, monkeypatch):
+    """What oneDNN computes for batches of a thousand tokens and more, on the small ones of this file."""
+    seen, real = [], F.conv2d
+    monkeypatch.setattr(M.F, "conv2d", lambda *args: seen.append(args[1].shape) or real(*args))
+    folder, states, grads, _ = reference(variant)
+    net, _ = M.load(folder)
+    parity(net, states, grads)
+    assert not seen
+    monkeypatch.setattr(M, "ONEDNN_TOKENS", 1)
+    parity(M.load(folder)[0], states, grads)
+    seen.clear()
+    frozen, _ = M.load(folder)
+    weight = frozen.params[f"layers.{frozen.config.layers - 1}.down.weight"].requires_grad_()
+    ours(frozen)[-1].sum().backward()  # nothing below is trained: no gradient of an input is computed
+    assert weight.grad.any() and len(seen) == (6 if variant == "gpt2" else 7) * net.config.layers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_kept_token_a_sequence(variant, reference):
+    """In the last block only the kept tokens look: with windows, caps, biases, at any place."""
+    net, _ = M.load(reference(variant)[0])
+    tokens, lengths = TOKENS[REAL], LENGTHS.tolist()
+    starts = LENGTHS.cumsum(0) - LENGTHS
+    for at in (LENGTHS - 1, LENGTHS // 2, LENGTHS * 0):
+        keep = starts + at
+        for layers in ((None,), (2, None), (1,)):
+            want = net.packed(tokens, lengths, layers)
+            for a, b in zip(net.packed(tokens, lengths, layers, keep=keep), want, strict=True):
+                CLOSE(a, b[keep])
+
+
 # ---- every fact of the table, flipped ----------------------------------------------------------------------
 
 def change(**fields):
