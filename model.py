@@ -917,6 +917,24 @@ def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], 
             todo += [rows[len(rows) // 2:], rows[:len(rows) // 2]]
 
 
+def cut(tokenizer, prompts: list[str], completions: list[list[str]]):
+    """Token ids of prompts (N) and completions (N x K), cut where prompt + completion stops being the prompt.
+
+    The whole text is tokenised, then cut: a tokenizer may merge across the seam, and then the merged token
+    counts to the completion, in all completions of that question alike."""
+    alone = tokenizer.encode(prompts)
+    whole = iter(tokenizer.encode([p + c for p, cs in zip(prompts, completions) for c in cs]))
+    heads, tails = [], []
+    for ids, cs in zip(alone, completions):
+        texts = [next(whole) for _ in cs]
+        n = min(map(len, texts)) - 1
+        while any(text[:n] != ids[:n] for text in texts):
+            n -= 1
+        heads.append(texts[0][:n])
+        tails.append([text[n:] for text in texts])
+    return heads, tails
+
+
 def pack(sequences: Sequence[list[int]], device) -> tuple[torch.Tensor, list[int]]:
     """Sequences end to end: tokens (P,) and their lengths."""
     return torch.tensor(list(itertools.chain(*sequences)), device=device), [len(s) for s in sequences]

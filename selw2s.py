@@ -1,8 +1,9 @@
 """Selective weak-to-strong generalization: the method (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166).
 
 A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
-P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Read run()
-and one_seed() first: they take the steps in the paper's order; before them stand the parts they are made of.
+P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Read
+one_seed() and run() first: they take the steps 1 to 8; above them, in the same order, stand the steps. The
+command line is in data/config.py, the formats in data/__init__.py, metrics in data/report.py.
 
 symbol      name here  shape         source
 D_l         labelled   n_l items     half with ground truth                     Burns et al. 2023, App. A
@@ -20,153 +21,19 @@ them, with their flags.
 """
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
 
-METHOD_NAMES = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only",
-                "strong-on-D_l", "graph-only", "route-only", "selective", "trust", "chain", "oracle")
-DEFAULT_METHODS = ("weak", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
-                   "selective")
-EXAMPLES = """examples:
-  python selw2s.py --task demo                                        under a minute on two cores, no download
-  python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
-  python selw2s.py --task sciq --weak openai-community/gpt2 --strong openai-community/gpt2-large --device cuda
-"""
-
-
-def number_or_auto(text: str):
-    """'auto', an int or a float: the value of --tau, --alpha, --k and --lr."""
-    return text if text == "auto" else float(text) if any(c in text for c in ".einf") else int(text)
-
-
-def option(default, help: str, **kwargs):
-    return field(default=default, metadata={"help": help, **kwargs})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on; the flags of the command line are generated from it."""
-    task: str = option("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two "
-                               "models), sciq, boolq, cosmosqa, or FILE.jsonl")
-    weak: str = option("", "weak model: directory or hub id (the demo tasks bring their own)",
-                       metavar="MODEL")
-    strong: str = option("", "strong pretrained model: directory or hub id", metavar="MODEL")
-    methods: tuple = option(DEFAULT_METHODS, "all, or some of: " + " ".join(METHOD_NAMES), nargs="+",
-                            metavar="METHOD", choices=METHOD_NAMES + ("all",))
-    seeds: tuple = option((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
-    protocol: str = option("paper", "items and halves: balanced and disjoint by passage, or draw for draw as "
-                                    "OpenAI's code [D12]", choices=("paper", "openai"))
-    shots: int = option(0, "solved examples from D_l in front of each question the strong model answers [D2]")
-    own: str = option("sum", "self-generated answer by option likelihood: summed, per token, less the "
-                             "option's unconditional one, or by judging the shown candidate [D1]",
-                      choices=("sum", "mean", "pmi", "judge"))
-    target: str = option("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]",
-                         choices=("hard", "soft"))
-    tau: object = option("auto", "P(IK) from which the own label is used; auto: cross-fitted weak accuracy "
-                                 "on D_l [D4]", metavar="X")
-    anchors: int = option(1, "1: routed own labels stand in Y while the others are smoothed, "
-                             "0: weak labels only [D5]", choices=(0, 1))
-    alpha: object = option("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
-    k: object = option("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
-    gamma: float = option(3.0, "exponent of the affinity, max(0, cosine)^gamma")
-    tune: str = option("full", "what finetuning trains", choices=("full", "lora", "head"))
-    epochs: int = option(2, "passes over the training items")
-    batch: int = option(32, "items per update")
-    lr: object = option("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
-    analysis: str = option("", "after the methods: P(IK) across tasks, across difficulties, "
-                               "or tau, alpha, k varied", choices=("cross-task", "difficulty", "sweep"))
-    difficulty: str = option("weak", "whose loss makes an item hard in --analysis difficulty",
-                             choices=("weak", "strong"))
-    keep: str = option("", "save this method's students in Hugging Face layout under <out>/students",
-                       choices=METHOD_NAMES, metavar="METHOD")
-    limit: int = option(0, "use at most this many train and this many test questions (0: all)")
-    device: str = option("cpu", "cpu, cuda, cuda:1 ...")
-    dtype: str = option("float32", "dtype of the pretrained weights",
-                        choices=("float32", "bfloat16", "float16"))
-    data_dir: str = option("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
-    rerun: str = option("", "repeat the run of a result.json and compare: every other flag but --out, "
-                            "--data-dir is taken from it", metavar="FILE")
-    out: str = option("runs", "results and the stage cache go here", metavar="DIR")
-
-
-LIMITS = {  # flag: can its value be used (NaN compares false), what it must be
-    "tau": (lambda x: 0 <= x < 1e9, "a number from 0 (above 1: never the own label)"),
-    "alpha": (lambda x: 0 <= x < 1, "a number from 0 to below 1"),
-    "k": (lambda x: type(x) is int and x > 0, "a whole number from 1"),
-    "gamma": (lambda x: 0 <= x < 1e9, "a number from 0"),
-    "lr": (lambda x: 0 < x < float("inf"), "a positive number"),
-    "epochs": (lambda x: x > 0, "1 or more"), "batch": (lambda x: x > 0, "1 or more"),
-    "shots": (lambda x: x >= 0, "0 or more"), "limit": (lambda x: x >= 0, "0 or more"),
-    "seeds": (lambda x: all(0 <= s < 2 ** 63 for s in x) and len(set(x)) == len(x),
-              "different numbers from 0")}
-
-
-def wrong(config: Config) -> str:
-    """The first value that cannot be used and what it must be; "" if all can. Types count too: the
-    configuration may come from a file."""
-    for f in fields(Config):
-        value, (good, need) = getattr(config, f.name), LIMITS.get(f.name, (lambda x: True, ""))
-        if value == f.default:
-            continue
-        if choices := f.metadata.get("choices"):
-            good = lambda x: set(x if f.type == "tuple" else [x]) <= set(choices)       # noqa: E731
-            need = "of " + ", ".join(map(str, choices))
-        try:
-            fine = (f.type == "object" or type(value).__name__ == f.type) and good(value)
-        except TypeError:
-            fine = False
-        if not fine:
-            return f"--{f.name.replace('_', '-')} {value!r:.40}: must be {need or f.type}"
-    if config.keep and config.keep not in config.methods:
-        return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
-    return ""
-
-
-def parse(argv: list[str] | None = None) -> Config:
-    """Config from the command line; a wrong flag ends the program with one line and exit code 2."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="selw2s.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=formatter,
-        description="Selective weak-to-strong generalization: finetune a strong model on a weak model's "
-                    "labels, on its own\n"
-                    "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
-    for f in fields(Config):
-        spec = dict(f.metadata)
-        kind = {"int": int, "float": float, "object": number_or_auto}.get(f.type, str)
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        if shown not in ("", 0):
-            spec["help"] += f" (default: {'default set' if f.name == 'methods' else shown})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **{"type": kind, **spec})
-    parser._get_formatter = lambda: formatter("selw2s.py", width=118, max_help_position=24)
-    values = vars(parser.parse_args(argv))
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    if "all" in values["methods"]:
-        values["methods"] = METHOD_NAMES
-    values["methods"] = tuple(m for m in METHOD_NAMES if m == "weak" or m in values["methods"])
-    config = Config(**{**values, "task": "demo-sciq" if values["task"] == "demo" else values["task"]})
-    if problem := wrong(config):
-        parser.error(problem)
-    if config.rerun:
-        return config
-    if not config.task.startswith("demo-") and not (config.weak and config.strong):
-        parser.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
-                     "(only the demo tasks bring their own)")
-    if config.task.endswith(".jsonl") and config.analysis == "cross-task":
-        parser.error("--analysis cross-task needs a demo or an official task")
-    return config
-
+from data.config import Config, parse
 
 if __name__ == "__main__":  # --help and a wrong flag are answered before torch, seconds away, is imported
     parse()
 
 import hashlib
-import json
 import os
 import shlex
 import textwrap
 import time
-from itertools import product as product_of, takewhile
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,202 +42,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import DEMO, OFFICIAL, YES_NO, DataError, completion, fit, halves, items, load_task, prompt
+from data import DEMO, YES_NO, DataError, completion, fit, halves, items, load_task, prompt
+from data.analyses import analyse
 from data.figures import figures
 from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
-from data.report import analysis_table, diagnose, summarise, table, write
+from data.report import diagnose, rerun, summarise, table, write
 from data.stages import Stages, counter, digest
 from graph import affinity, knn, normalise, propagate
-from model import Classifier, LoadError, TrainError, finetune, load, out_of_memory, read
+from model import Classifier, LoadError, TrainError, cut, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
 
 
-# ------------------------------------------------------------------------------------------------------ P(IK)
-L2_GRID = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-
-
-class Probe(NamedTuple):
-    """A linear probe: P(y = 1 | features) = sigmoid(features @ weight + bias). Fields in float64."""
-    weight: Tensor      # (C,)
-    bias: Tensor        # ()
-    l2: float           # penalty l2/2 |standardised weight|^2 beside the mean cross-entropy
-    held_out: Tensor    # (N,) out-of-fold probability of each training row (empty when l2 was given)
-    loss: float         # out-of-fold cross-entropy, nats (nan when l2 was given)
-
-    def predict(self, features: Tensor) -> Tensor:
-        """features (N, C) -> (N,) probability, float64, where the features are."""
-        w, b = self.weight.to(features.device), self.bias.to(features.device)
-        return torch.sigmoid(features.double() @ w + b)
-
-
-def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> Tensor:
-    """argmin_w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, bias (last entry) unpenalised; gradient norm <= tol.
-
-    x (N, C + 1) float64, last column ones, y (N,) in [0, 1], w (C + 1,) start. Newton's method, each step by
-    conjugate gradients: a width of thousands costs matrix-vector products only. Raises if not converged."""
-    penalty = torch.full_like(w, l2)
-    penalty[-1] = 0
-
-    def loss(w):
-        return torch.nn.functional.binary_cross_entropy_with_logits(x @ w, y) + (penalty * w * w).sum() / 2
-
-    for _ in range(200):
-        p = torch.sigmoid(x @ w)
-        gradient = x.T @ (p - y) / len(y) + penalty * w
-        size = gradient.norm()
-        if size <= tol:
-            return w
-        curvature = p * (1 - p) / len(y)
-        step, r = torch.zeros_like(w), -gradient
-        direction, rr = r, r @ r
-        for _ in range(10 * len(w)):
-            product = x.T @ (curvature * (x @ direction)) + penalty * direction
-            scale = rr / (direction @ product)
-            step, r = step + scale * direction, r - scale * product
-            rr, previous = r @ r, rr
-            if rr.sqrt() <= min(0.1, float(size)) * size:
-                break
-            direction = r + (rr / previous) * direction
-        now, length = loss(w), 1.0
-        while loss(w + length * step) > now + 1e-12 * now.abs() and length > 1e-6:
-            length /= 2
-        w = w + length * step
-    raise TrainError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
-
-
-def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
-              fold: Tensor | None = None) -> Probe:
-    """Linear probe: L2 logistic regression to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
-
-    features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together
-    (groups must not straddle folds; default: five by position). l2=None: chosen of L2_GRID by held-out
-    cross-entropy, ties to the larger. Features are standardised inside, with mean and deviation (over N - 1)
-    of all rows, held-out ones too: they are not labels; the returned weights apply to raw features."""
-    x, y = features.double(), target.double()
-    mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (N, C + 1)
-    fold = torch.arange(len(x), device=x.device) % 5 if fold is None else fold.to(x.device)
-    best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
-    if l2 is None:
-        candidates, warm = {}, {int(f): start for f in fold.unique()}
-        for trial in L2_GRID:   # strong to weak: each fit starts from the last
-            p = torch.empty_like(y)
-            for f, w in warm.items():
-                warm[f] = w = logistic(x[fold != f], y[fold != f], trial, w, tol=1e-5)
-                p[fold == f] = torch.sigmoid(x[fold == f] @ w)
-            candidates[trial] = (cross_entropy(p, y), p)
-        l2 = min(candidates, key=lambda trial: candidates[trial][0])
-        best, held_out = candidates[l2]
-    w = logistic(x, y, l2, start)
-    weight = w[:-1] / scale
-    return Probe(weight, w[-1] - weight @ mean, l2, held_out, best)
-
-
-# ------------------------------------------------------------------------------------------- route and smooth
-def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Tensor, Tensor]:
-    """The selection (paper, abstract): own label where P(IK) >= tau, weak label elsewhere [D4].
-
-    All (N,); tau a float, compared in p_ik's dtype, or, for a per-item router, (N,). Returns (label (N,),
-    is_self (N,) bool)."""
-    is_self = p_ik >= tau
-    return torch.where(is_self, self_label, weak_label), is_self
-
-
-def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) -> Tensor:
-    """Smoothed P(y = 1) (N,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of the items' hidden states.
-
-    features (N, C) hidden states at the item's last token, prior (N,) P(y = 1). alpha = 0: prior itself."""
-    if alpha == 0:
-        return prior
-    return smoothed(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
-
-
-def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k nearest by cosine, features centred: one direction dominates raw hidden states [D15]."""
-    x = features.float()
-    return knn(x - x.mean(0), min(k, len(x) - 1))
-
-
-def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
-    """{(alpha, k): (N,)} from one neighbour list: the k nearest are the first k columns."""
-    index, similarity = graph
-    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (N, 2)
-    out = {}
-    for k in ks:
-        S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
-        for alpha in alphas:
-            result = propagate(S, Y, alpha)
-            if result.residual > 1e-5:
-                raise TrainError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
-            out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float().to(prior.device)
-    return out
-
-
-class Smoothing(NamedTuple):
-    """What was chosen on D_l, and the label accuracy there before and after."""
-    layer: int          # column of the hidden states read
-    alpha: float
-    k: int
-    before: float | None
-    after: float | None
-
-
-def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, half: Tensor,
-                     config: Config) -> Smoothing:
-    """alpha, k, layer that make the given rows' labels on D_l most accurate; alpha = 0 unless one does [D6].
-
-    features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that
-    would be smoothed; half (N,) int: which model labelled a row. Each half has a graph of its own, as all
-    labels of D_u come from one model: to smooth two models' errors into each other flatters smoothing. A
-    candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
-    the best of many noisy candidates looks better than it is."""
-    parts = [(half == h).nonzero()[:, 0] for h in half.unique()]
-    alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
-    ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
-    least = min(map(len, parts))
-    ks = tuple(k for k in ks if k < least) or (least - 1,)
-    if rows.sum() < 2:      # nothing to choose by
-        return Smoothing(0, 0.0 if config.alpha == "auto" else alphas[0], ks[0], None, None)
-    right = ((prior > 0.5) == (truth > 0.5))[rows].double()
-    best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
-    if alphas == (0.0,):
-        return best
-    best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is always used
-    for layer in range(features.shape[1]):
-        found = {(alpha, k): prior.clone() for alpha in alphas for k in ks}
-        for part in parts:
-            graph = neighbours(features[part.to(features.device), layer], max(ks))
-            for candidate, p in smoothed(graph, prior[part], alphas, ks, config.gamma).items():
-                found[candidate][part] = p
-        for (alpha, k), p in found.items():
-            gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
-            bar = 2 * gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
-            if gain.mean() > bar and right.mean() + gain.mean() > best.after:
-                best = Smoothing(layer, alpha, k, float(right.mean()), float((right + gain).mean()))
-    return best
-
-
-# -------------------------------------------------------------------------------------- targets of the losses
-def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
-    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
-    positive as the weak labels' sum says (rounded half to even; ties of p to the lower index); a grows
-    linearly to a_max in the first fifth of steps, no jump."""
-    a = a_max * min(1.0, fraction / ramp)
-    positives = int(round(float(w.mean()) * len(w)))
-    hard = torch.zeros_like(w)
-    hard[p.argsort(descending=True, stable=True)[:positives]] = 1
-    return (1 - a) * w + a * hard
-
-
-def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
-    """Target: student times weak probability, renormalised, at every fraction of the steps alike (Lang et al.
-    2025, arXiv 2501.13124)."""
-    yes, no = p * w, (1 - p) * (1 - w)
-    return yes / (yes + no).clamp_min(1e-12)
-
-
-# ------------------------------------------------------------------------------------------------- the stages
+# --------------------------------------------------------------------------------------------- the two models
 class Side(NamedTuple):
     """One of the two pretrained models: network, tokenizer, SHA-256 of its files, learning rate."""
     model: object
@@ -394,6 +78,10 @@ def open_side(source: str, config: Config) -> Side:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
     lr = auto if config.lr == "auto" else float(config.lr)
     return Side(model, tokenizer, h.hexdigest(), lr, size >= 1e9)
+
+
+def hexed(out: dict[str, Tensor]) -> str:
+    return bytes(out["weights"].tolist()).hex()
 
 
 def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Config, seed: int, stages: Stages,
@@ -421,23 +109,7 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
     return out
 
 
-def cut(tokenizer, prompts: list[str], completions: list[list[str]]):
-    """Token ids of prompts (N) and completions (N x K), cut where prompt + completion stops being the prompt.
-
-    The whole text is tokenised, then cut: a tokenizer may merge across the seam, and then the merged token
-    counts to the completion, in all completions of that question alike."""
-    alone = tokenizer.encode(prompts)
-    whole = iter(tokenizer.encode([p + c for p, cs in zip(prompts, completions) for c in cs]))
-    heads, tails = [], []
-    for ids, cs in zip(alone, completions):
-        texts = [next(whole) for _ in cs]
-        n = min(sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(ids, text))) for text in texts)
-        n = min(n, min(map(len, texts)) - 1)
-        heads.append(texts[0][:n])
-        tails.append([text[n:] for text in texts])
-    return heads, tails
-
-
+# ----------------------------------------------------------------------------------- 1 to 3. Split, weak, own
 class Elicited(NamedTuple):
     """What one forward pass of the pretrained strong model over N items' questions says (step 3)."""
     belief: Tensor      # (N, K) own probability of each option (judge: of the labels 0 and 1)
@@ -497,7 +169,6 @@ def answers(config: Config, rows, questions) -> Tensor:
     return torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(rows, questions)])
 
 
-# ----------------------------------------------------------------------------------------------- the pipeline
 class Prepared(NamedTuple):
     """Steps 1 to 3 of one seed. Rows are items: D_l (n_l), then D_u (n_u), then test. Truth: of D_l only."""
     rows: list          # N items
@@ -517,6 +188,11 @@ class Prepared(NamedTuple):
     item: Tensor        # (N, R, C) hidden states where the item ends
     fold: Tensor        # (n_l,) fold of the item's group
     usable: Tensor      # (n_l,) bool: not of a few-shot example's group, whose answer stood in the prompt
+
+    @property
+    def D_u(self) -> slice:
+        """Its rows."""
+        return slice(self.n_l, self.n_l + self.n_u)
 
 
 def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> Prepared:
@@ -541,26 +217,107 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
              for part in halves(labelled, task.train, protocol="paper", seed=seed)]
     half = torch.zeros(n_l, dtype=torch.int8)
     half[folds[1]] = 1
-    for i, (fit, ask) in enumerate((folds, folds[::-1])):
-        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in fit], truth[fit], [ids[j] for j in ask],
+    for i, (learn, ask) in enumerate((folds, folds[::-1])):
+        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in learn], truth[learn], [ids[j] for j in ask],
                              config, seed, stages)["p"]
     tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
 
     picked = np.random.default_rng(seed).choice(n_l, config.shots, replace=False)
     shots = [(labelled[i], question[labelled[i].question_id]) for i in picked]
     asked = [question[row.question_id] for row in rows]
-    told = elicit(config, strong, rows, asked, shots, stages, tell)
+    said = elicit(config, strong, rows, asked, shots, stages, tell)
     gold = answers(config, labelled, asked)
-    told_away = {q.group for _, q in shots}
-    usable = torch.tensor([q.group not in told_away for q in asked[:n_l]])
-    right = (told.belief[:n_l].argmax(1) == gold)[usable].double().mean()
+    in_prompt = {q.group for _, q in shots}
+    usable = torch.tensor([q.group not in in_prompt for q in asked[:n_l]])
+    right = (said.belief[:n_l].argmax(1) == gold)[usable].double().mean()
     tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions "
          f"(one pass over {len(rows):,} questions)")
     group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
     fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
     return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, half,
-                    supervisor["p"], hexed(supervisor), told.own, told.belief, gold, told.prompt, told.item,
+                    supervisor["p"], hexed(supervisor), said.own, said.belief, gold, said.prompt, said.item,
                     fold, usable)
+
+
+# --------------------------------------------------------------------------------------------------- 4. P(IK)
+L2_GRID = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+class Probe(NamedTuple):
+    """A linear probe: P(y = 1 | features) = sigmoid(features @ weight + bias). Fields in float64."""
+    weight: Tensor      # (C,)
+    bias: Tensor        # ()
+    l2: float           # penalty l2/2 |standardised weight|^2 beside the mean cross-entropy
+    held_out: Tensor    # (N,) out-of-fold probability of each training row (empty when l2 was given)
+    loss: float         # out-of-fold cross-entropy, nats (nan when l2 was given)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """features (N, C) -> (N,) probability, float64, where the features are."""
+        w, b = self.weight.to(features.device), self.bias.to(features.device)
+        return torch.sigmoid(features.double() @ w + b)
+
+
+def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> Tensor:
+    """argmin_w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, bias (last entry) unpenalised; gradient norm <= tol.
+
+    x (N, C + 1) float64, last column ones, y (N,) in [0, 1], w (C + 1,) start. Newton's method, each step by
+    conjugate gradients: a width of thousands costs matrix-vector products only. Raises if not converged."""
+    penalty = torch.full_like(w, l2)
+    penalty[-1] = 0
+
+    def loss(w):
+        return torch.nn.functional.binary_cross_entropy_with_logits(x @ w, y) + (penalty * w * w).sum() / 2
+
+    for _ in range(200):
+        p = torch.sigmoid(x @ w)
+        gradient = x.T @ (p - y) / len(y) + penalty * w
+        size = gradient.norm()
+        if size <= tol:
+            return w
+        curvature = p * (1 - p) / len(y)
+        step, r = torch.zeros_like(w), -gradient
+        direction, rr = r, r @ r
+        for _ in range(10 * len(w)):
+            curved = x.T @ (curvature * (x @ direction)) + penalty * direction
+            scale = rr / (direction @ curved)
+            step, r = step + scale * direction, r - scale * curved
+            rr, previous = r @ r, rr
+            if rr.sqrt() <= min(0.1, float(size)) * size:
+                break
+            direction = r + (rr / previous) * direction
+        now, length = loss(w), 1.0
+        while loss(w + length * step) > now + 1e-12 * now.abs() and length > 1e-6:
+            length /= 2
+        w = w + length * step
+    raise TrainError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
+
+
+def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
+              fold: Tensor | None = None) -> Probe:
+    """Linear probe: L2 logistic regression to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
+
+    features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together
+    (groups must not straddle folds; default: five by position). l2=None: chosen of L2_GRID by held-out
+    cross-entropy, ties to the larger. Features are standardised inside, with mean and deviation (over N - 1)
+    of all rows, held-out ones too: they are not labels; the returned weights apply to raw features."""
+    x, y = features.double(), target.double()
+    mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
+    x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (N, C + 1)
+    fold = torch.arange(len(x), device=x.device) % 5 if fold is None else fold.to(x.device)
+    best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
+    if l2 is None:
+        candidates, warm = {}, {int(f): start for f in fold.unique()}
+        for trial in L2_GRID:   # strong to weak: each fit starts from the last
+            p = torch.empty_like(y)
+            for f, w in warm.items():
+                warm[f] = w = logistic(x[fold != f], y[fold != f], trial, w, tol=1e-5)
+                p[fold == f] = torch.sigmoid(x[fold == f] @ w)
+            candidates[trial] = (cross_entropy(p, y), p)
+        l2 = min(candidates, key=lambda trial: candidates[trial][0])
+        best, held_out = candidates[l2]
+    w = logistic(x, y, l2, start)
+    weight = w[:-1] / scale
+    return Probe(weight, w[-1] - weight @ mean, l2, held_out, best)
 
 
 class Known(NamedTuple):
@@ -570,19 +327,103 @@ class Known(NamedTuple):
     probe: Probe
 
 
-def know(config: Config, p: Prepared, rows: Tensor | None = None) -> Known:
+def know(config: Config, prep: Prepared, rows: Tensor | None = None) -> Known:
     """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l (or on some rows of
     it); target: own answer right [D3]; layer and L2 by cross-validation on D_l, folds by group."""
-    belief = p.belief[:p.n_l]
-    target = ((belief.argmax(1) == p.gold).double() if config.target == "hard"
-              else belief.gather(1, p.gold[:, None])[:, 0])
-    use = (p.usable if rows is None else p.usable & rows).nonzero()[:, 0]
-    probes = [fit_probe(p.prompt[use, r].to(config.device), target[use].to(config.device), fold=p.fold[use])
-              for r in range(p.prompt.shape[1])]
+    belief = prep.belief[:prep.n_l]
+    target = ((belief.argmax(1) == prep.gold).double() if config.target == "hard"
+              else belief.gather(1, prep.gold[:, None])[:, 0])
+    use = (prep.usable if rows is None else prep.usable & rows).nonzero()[:, 0]
+    probes = [fit_probe(x.to(config.device), target[use].to(config.device), fold=prep.fold[use])
+              for x in prep.prompt[use].unbind(1)]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
-    p_ik = probes[layer].predict(p.prompt[:, layer])
+    p_ik = probes[layer].predict(prep.prompt[:, layer])
     p_ik[use] = probes[layer].held_out.cpu()
     return Known(p_ik.float(), layer, probes[layer])
+
+
+# ---------------------------------------------------------------------------------------- 5. Route, 6. Smooth
+def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Tensor, Tensor]:
+    """The selection (paper, abstract): own label where P(IK) >= tau, weak label elsewhere [D4].
+
+    All (N,); tau a float, compared in p_ik's dtype, or, for a per-item router, (N,). Returns (label (N,),
+    is_self (N,) bool)."""
+    is_self = p_ik >= tau
+    return torch.where(is_self, self_label, weak_label), is_self
+
+
+def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k nearest by cosine, features centred: one direction dominates raw hidden states [D15]."""
+    x = features.float()
+    return knn(x - x.mean(0), min(k, len(x) - 1))
+
+
+def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
+    """{(alpha, k): (N,)} from one neighbour list: the k nearest are the first k columns."""
+    index, similarity = graph
+    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (N, 2)
+    out = {}
+    for k in ks:
+        S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
+        for alpha in alphas:
+            result = propagate(S, Y, alpha)
+            if result.residual > 1e-5:
+                raise TrainError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
+            out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float().to(prior.device)
+    return out
+
+
+def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) -> Tensor:
+    """Smoothed P(y = 1) (N,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of the items' hidden states.
+
+    features (N, C) hidden states at the item's last token, prior (N,) P(y = 1). alpha = 0: prior itself."""
+    if alpha == 0:
+        return prior
+    return smoothed(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
+
+
+class Smoothing(NamedTuple):
+    """What was chosen on D_l, and the label accuracy there before and after."""
+    layer: int          # column of the hidden states read
+    alpha: float
+    k: int
+    before: float | None
+    after: float | None
+
+
+def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, half: Tensor,
+                     config: Config) -> Smoothing:
+    """alpha, k, layer that make the given rows' labels on D_l most accurate; alpha = 0 unless one does [D6].
+
+    features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that
+    would be smoothed; half (N,) int: which model labelled a row. Each half has a graph of its own, as all
+    labels of D_u come from one model: to smooth two models' errors into each other flatters smoothing. A
+    candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
+    the best of many noisy candidates looks better than it is."""
+    parts = [(half == h).nonzero()[:, 0] for h in half.unique()]
+    alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
+    ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
+    least = min(map(len, parts))
+    ks = tuple(k for k in ks if k < least) or (least - 1,)
+    if rows.sum() < 2:      # nothing to choose by
+        return Smoothing(0, 0.0 if config.alpha == "auto" else alphas[0], ks[0], None, None)
+    right = ((prior > 0.5) == (truth > 0.5))[rows].double()
+    best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
+    if alphas == (0.0,):
+        return best
+    best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is always used
+    for layer in range(features.shape[1]):
+        found = {(alpha, k): prior.clone() for alpha in alphas for k in ks}
+        for part in parts:
+            graph = neighbours(features[part.to(features.device), layer], max(ks))
+            for candidate, p in smoothed(graph, prior[part], alphas, ks, config.gamma).items():
+                found[candidate][part] = p
+        for (alpha, k), p in found.items():
+            gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
+            bar = 2 * gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
+            if gain.mean() > bar and right.mean() + gain.mean() > best.after:
+                best = Smoothing(layer, alpha, k, float(right.mean()), float((right + gain).mean()))
+    return best
 
 
 class Selected(NamedTuple):
@@ -597,31 +438,42 @@ class Selected(NamedTuple):
     chosen_alone: Smoothing
 
 
-def select(config: Config, p: Prepared, p_ik: Tensor, tau: float | str | None = None) -> Selected:
+def select(config: Config, prep: Prepared, p_ik: Tensor, tau: float | str | None = None) -> Selected:
     """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u."""
-    L, U, weak = p.usable.nonzero()[:, 0], slice(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u]
+    L, U, weak = prep.usable.nonzero()[:, 0], prep.D_u, prep.weak[:prep.n_u]
     tau = config.tau if tau is None else tau
-    tau = accuracy(p.cross, p.truth) if tau == "auto" else float(tau)                               # [D4]
-    routed, is_self = route(p_ik[U], p.own[U], weak, tau)
-    cross, truth, half = p.cross[p.usable], p.truth[p.usable], p.half[p.usable]
-    routed_l, is_self_l = route(p_ik[L], p.own[L], cross, tau)
+    tau = accuracy(prep.cross, prep.truth) if tau == "auto" else float(tau)                         # [D4]
+    routed, is_self = route(p_ik[U], prep.own[U], weak, tau)
+    cross, truth, half = prep.cross[prep.usable], prep.truth[prep.usable], prep.half[prep.usable]
+    routed_l, is_self_l = route(p_ik[L], prep.own[L], cross, tau)
 
     prior, prior_l = (routed, routed_l) if config.anchors else (weak, cross)                        # [D5]
-    item_l, item_u = p.item[L].to(config.device), p.item[U].to(config.device)
+    item_l, item_u = prep.item[L].to(config.device), prep.item[U].to(config.device)
     chosen = choose_smoothing(item_l, prior_l, truth, ~is_self_l, half, config)                     # [D6]
     alone = choose_smoothing(item_l, cross, truth, torch.ones_like(is_self_l), half, config)
     refined = smooth(item_u[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
     smoothed_weak = smooth(item_u[:, alone.layer], weak, alone.alpha, alone.k, config.gamma)
-    selective = torch.where(is_self, p.own[U], refined)
+    selective = torch.where(is_self, prep.own[U], refined)
     return Selected(tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone)
 
 
-def trust(p: Prepared, p_ik: Tensor) -> Tensor:
-    """Per-item router, the symmetric form: own label where P(IK) >= P(weak right), a second linear probe."""
-    U, L = slice(p.n_l, p.n_l + p.n_u), p.usable.nonzero()[:, 0]
-    right = ((p.cross > 0.5) == (p.truth > 0.5))[L]
-    probe = fit_probe(p.item[L, -1], right.double(), fold=p.fold[L])
-    return route(p_ik[U], p.own[U], p.weak[:p.n_u], probe.predict(p.item[U, -1]))[0]
+# ------------------------------------------------------------------------------------------------ 7. Students
+def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
+    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
+    positive as the weak labels' sum says (rounded half to even; ties of p to the lower index); a grows
+    linearly to a_max in the first fifth of steps, no jump."""
+    a = a_max * min(1.0, fraction / ramp)
+    positives = int(round(float(w.mean()) * len(w)))
+    hard = torch.zeros_like(w)
+    hard[p.argsort(descending=True, stable=True)[:positives]] = 1
+    return (1 - a) * w + a * hard
+
+
+def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
+    """Target: student times weak probability, renormalised, at every fraction of the steps alike (Lang et al.
+    2025, arXiv 2501.13124)."""
+    yes, no = p * w, (1 - p) * (1 - w)
+    return yes / (yes + no).clamp_min(1e-12)
 
 
 def surer_half(weak: Tensor) -> Tensor:
@@ -632,52 +484,56 @@ def surer_half(weak: Tensor) -> Tensor:
     return torch.cat(surer).sort().values
 
 
-def all_truth(p: Prepared) -> Tensor:
+def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
+    """Per-item router, the symmetric form: own label where P(IK) >= P(weak right), a second linear probe."""
+    U, L = prep.D_u, prep.usable.nonzero()[:, 0]
+    right = ((prep.cross > 0.5) == (prep.truth > 0.5))[L]
+    probe = fit_probe(prep.item[L, -1], right.double(), fold=prep.fold[L])
+    return route(p_ik[U], prep.own[U], prep.weak[:prep.n_u], probe.predict(prep.item[U, -1]))[0]
+
+
+def all_truth(prep: Prepared) -> Tensor:
     """(N,) ground truth of every item: for the ceiling, the oracle and the metrics only."""
-    return torch.tensor([float(item.label) for item in p.rows])
+    return torch.tensor([float(item.label) for item in prep.rows])
 
 
-def hidden_truth(p: Prepared) -> Tensor:
+def hidden_truth(prep: Prepared) -> Tensor:
     """(n_u,) ground truth of D_u: for the ceiling and the metrics."""
-    return all_truth(p)[p.n_l:p.n_l + p.n_u]
+    return all_truth(prep)[prep.D_u]
 
 
-def knowing(p: Prepared) -> Tensor:
+def oracle_p_ik(prep: Prepared) -> Tensor:
     """(N,) 1 where the own label agrees with the truth, of D_u too: the oracle's P(IK)."""
-    return (p.own == all_truth(p)).float()
+    return (prep.own == all_truth(prep)).float()
 
 
-def hexed(out: dict[str, Tensor]) -> str:
-    return bytes(out["weights"].tolist()).hex()
-
-
-def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Side, seed: int,
+def students(config: Config, prep: Prepared, s: Selected, p_ik: Tensor, strong: Side, seed: int,
              stages: Stages, tell):
     """7. The pretrained strong model finetuned on each label set: {method: (labels, P(y = 1), weights)}."""
-    U, weak, own = torch.arange(p.n_l, p.n_l + p.n_u), p.weak[:p.n_u], p.own[p.n_l:p.n_l + p.n_u]
+    U, weak, own = torch.arange(len(prep.rows))[prep.D_u], prep.weak[:prep.n_u], prep.own[prep.D_u]
     recipes = {     # name: (training rows, their targets, rule: target from student and weak probability)
-        "ceiling": lambda: (U, hidden_truth(p), None),
+        "ceiling": lambda: (U, hidden_truth(prep), None),
         "naive": lambda: (U, weak, None),
         "logconf": lambda: (U, weak, log_confidence),
         "product": lambda: (U, weak, product),
         "confidence-only": lambda: (U[surer_half(weak)], weak[surer_half(weak)], None),
         "self-only": lambda: (U, own, None),                                # tau = 0
-        "strong-on-D_l": lambda: (torch.arange(p.n_l), p.truth, None),
+        "strong-on-D_l": lambda: (torch.arange(prep.n_l), prep.truth, None),
         "graph-only": lambda: (U, s.smoothed_weak, None),                   # tau > 1
         "route-only": lambda: (U, s.routed, None),                          # alpha = 0
         "selective": lambda: (U, s.selective, None),
-        "trust": lambda: (U, trust(p, p_ik), None),
-        "chain": lambda: (U, student("naive")[1][:p.n_u], None),            # weak -> student -> student
-        "oracle": lambda: (U, select(config, p, knowing(p), tau=0.5).selective, None),  # P(IK) that knows
+        "trust": lambda: (U, trust(prep, p_ik), None),
+        "chain": lambda: (U, student("naive")[1][:prep.n_u], None),         # weak -> student -> student
+        "oracle": lambda: (U, select(config, prep, oracle_p_ik(prep), tau=0.5).selective, None),
     }
 
     def student(name):
         rows, targets, rule = recipes[name]()
-        out = trained(name, strong, [p.ids[i] for i in rows], targets, p.ids[p.n_l:], config, seed, stages,
-                      rule)
+        out = trained(name, strong, [prep.ids[i] for i in rows], targets, prep.ids[prep.n_l:], config, seed,
+                      stages, rule)
         return targets if rows is U else None, out["p"], hexed(out)
 
-    done = {"weak": (weak, p.weak, p.weak_weights)}
+    done = {"weak": (weak, prep.weak, prep.weak_weights)}
     for name in config.methods:
         if name != "weak":
             done[name] = student(name)
@@ -685,142 +541,60 @@ def students(config: Config, p: Prepared, s: Selected, p_ik: Tensor, strong: Sid
     return {name: done[name] for name in config.methods}
 
 
+# -------------------------------------------------------------------------------------------------- 8. Report
 def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> dict:
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
-    p = prepare(config, task, weak, strong, seed, stages, tell)
-    known = know(config, p)
-    right = (p.belief[:p.n_l].argmax(1) == p.gold).double()
+    prep = prepare(config, task, weak, strong, seed, stages, tell)
+    known = know(config, prep)
+    right = (prep.belief[:prep.n_l].argmax(1) == prep.gold).double()
     tell(f"4 P(IK)    held-out AUROC on D_l "
-         f"{auroc(known.p_ik[:p.n_l][p.usable], right[p.usable]) or float('nan'):.3f} "
-         f"(layer read {known.layer + 1} of {p.prompt.shape[1]}, l2 {known.probe.l2:g})")
-    s = select(config, p, known.p_ik)
+         f"{auroc(known.p_ik[:prep.n_l][prep.usable], right[prep.usable]) or float('nan'):.3f} "
+         f"(layer read {known.layer + 1} of {prep.prompt.shape[1]}, l2 {known.probe.l2:g})")
+    s = select(config, prep, known.p_ik)
     c = s.chosen
     tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
     tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}" if c.before is None else
          f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
          f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
-    return pack(config, p, known, s, students(config, p, s, known.p_ik, strong, seed, stages, tell), seed)
+    done = students(config, prep, s, known.p_ik, strong, seed, stages, tell)
+    return record(config, prep, known, s, done, seed)
 
 
-def homophily(p: Prepared, chosen: Smoothing) -> float:
+def judged_right(config: Config, prep: Prepared) -> Tensor:
+    """(N,) 1 where the strong model's own answer is right; for metrics."""
+    return (prep.belief.argmax(1) == answers(config, prep.rows, prep.questions)).float()
+
+
+def homophily(prep: Prepared, chosen: Smoothing) -> float:
     """Share of neighbours on the graph of D_u that share the truth; for metrics."""
-    index, _ = neighbours(p.item[p.n_l:p.n_l + p.n_u, chosen.layer], chosen.k)
-    return float((hidden_truth(p)[index] == hidden_truth(p)[:, None]).double().mean())
+    index, _ = neighbours(prep.item[prep.D_u, chosen.layer], chosen.k)
+    return float((hidden_truth(prep)[index] == hidden_truth(prep)[:, None]).double().mean())
 
 
-def pack(config: Config, p: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
+def record(config: Config, prep: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
     """One seed's arrays and choices, as named in items.npz, result.json; here metrics may read the truth."""
-    n_l, n_u = p.n_l, p.n_u
-    own_right, truth = judged_right(config, p), all_truth(p)
+    n_l, n_u = prep.n_l, prep.n_u
+    own_right, truth = judged_right(config, prep), all_truth(prep)
 
     def part(a, b, extra):
-        arrays = {"truth": truth[a:b], "own": p.own[a:b], "own_p": p.belief[a:b].amax(1).float(),
+        arrays = {"truth": truth[a:b], "own": prep.own[a:b], "own_p": prep.belief[a:b].amax(1).float(),
                   "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
                   **{f"p/{name}": out[1][a - n_l:b - n_l] for name, out in done.items()}}
-        ids = np.array([row.id for row in p.rows[a:b]])
-        group = np.array([q.group for q in p.questions[a:b]])
+        ids = np.array([row.id for row in prep.rows[a:b]])
+        group = np.array([q.group for q in prep.questions[a:b]])
         return {"id": ids, "group": group} | {key: x.numpy() for key, x in arrays.items()}
     labels = {f"label/{name}": out[0] for name, out in done.items() if out[0] is not None}
-    sources = {"weak": p.weak[:n_u], "is_self": s.is_self, "refined": s.refined,
+    sources = {"weak": prep.weak[:n_u], "is_self": s.is_self, "refined": s.refined,
                "smoothed_weak": s.smoothed_weak}
     return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2,
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
-            "homophily": homophily(p, s.chosen_alone),
+            "homophily": homophily(prep, s.chosen_alone),
             "weights": {name: out[2] for name, out in done.items()},
-            "n": {"labelled": n_l, "transfer": n_u, "test": len(p.rows) - n_l - n_u},
+            "n": {"labelled": n_l, "transfer": n_u, "test": len(prep.rows) - n_l - n_u},
             "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
-            "transfer": part(n_l, n_l + n_u, sources | labels), "test": part(n_l + n_u, len(p.rows), {})}
+            "transfer": part(n_l, n_l + n_u, sources | labels), "test": part(n_l + n_u, len(prep.rows), {})}
 
 
-# --------------------------------------------------------------------------------------------------- analyses
-def judged_right(config: Config, p: Prepared) -> Tensor:
-    """(N,) 1 where the strong model's own answer is right; for metrics."""
-    return (p.belief.argmax(1) == answers(config, p.rows, p.questions)).float()
-
-
-def routed_student(config: Config, p: Prepared, p_ik: Tensor, strong: Side, seed: int, stages: Stages,
-                   method="selective"):
-    """One student and what went into it: metrics of an analysis."""
-    s = select(config, p, p_ik)
-    only = replace(config, methods=(method,), keep="")
-    labels, out, _ = students(only, p, s, p_ik, strong, seed, stages, lambda line: None)[method]
-    U, truth = slice(p.n_l, p.n_l + p.n_u), all_truth(p)
-    right = judged_right(config, p)
-    return {"seed": seed, "auroc": auroc(p_ik[U], right[U]), "ece": ece(p_ik[U], right[U]), "tau": s.tau,
-            "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(labels, truth[U]),
-            "homophily": homophily(p, s.chosen_alone),
-            "accuracy": accuracy(out[p.n_u:], truth[p.n_l + p.n_u:])}
-
-
-def cross_task(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}."""
-    out = {}
-    for seed in config.seeds:
-        prepared = {name: prepare(config, task, weak, strong, seed, stages, tell)
-                    for name, task in tasks.items()}
-        known = {name: know(config, p) for name, p in prepared.items()}
-        for (a, k), (b, p) in product_of(known.items(), prepared.items()):
-            p_ik = k.p_ik if a == b else k.probe.predict(p.prompt[:, k.layer]).float()
-            out.setdefault(f"{a} -> {b}", []).append(routed_student(config, p, p_ik, strong, seed, stages))
-    return out
-
-
-def difficulty(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """P(IK) trained on the easy or hard half of D_l, measured on both halves of D_u (paper, abstract).
-
-    Difficulty: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
-    out = {}
-    for seed in config.seeds:
-        p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
-        truth, U = all_truth(p), slice(p.n_l, p.n_l + p.n_u)
-        guess, gold = torch.cat([p.cross, p.weak]), answers(config, p.rows, p.questions)
-        p_gold = {"weak": torch.where(truth > 0.5, guess, 1 - guess),
-                  "strong": p.belief.gather(1, gold[:, None])[:, 0]}[config.difficulty]
-        easy = {part: x > x.median() for part, x in (("L", p_gold[:p.n_l]), ("U", p_gold[U]))}
-        right = judged_right(config, p)[U]
-        for name, rows in (("all", None), ("easy", easy["L"]), ("hard", ~easy["L"])):
-            p_ik = know(config, p, rows).p_ik
-            metrics = routed_student(config, p, p_ik, strong, seed, stages)
-            for part, at in (("easy", easy["U"]), ("hard", ~easy["U"])):
-                metrics[f"auroc_on_{part}"] = auroc(p_ik[U][at], right[at])
-                metrics[f"ece_on_{part}"] = ece(p_ik[U][at], right[at])
-            out.setdefault(f"trained on {name}", []).append(metrics)
-    return out
-
-
-def sweep(config: Config, tasks: dict, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """Labels and student as tau, alpha, k vary one at a time; read on D_u and test: choose nothing by it."""
-    out = {}
-    for seed in config.seeds:
-        p = prepare(config, tasks[config.task], weak, strong, seed, stages, tell)
-        p_ik = know(config, p).p_ik
-        for method, flag, values in (("route-only", "tau", (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)),
-                                     ("graph-only", "alpha", (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)),
-                                     ("graph-only", "k", (5, 10, 20, 50))):
-            for value in values:
-                other = {"alpha": 0.7} if flag == "k" else {"k": 10} if flag == "alpha" else {}
-                varied = replace(config, **other, **{flag: value})
-                metrics = routed_student(varied, p, p_ik, strong, seed, stages, method)
-                out.setdefault(f"{flag} {value:g} ({method})", []).append(metrics)
-    return out
-
-
-ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep}
-
-
-def analyse(config: Config, task, weak: Side, strong: Side, stages: Stages, tell) -> dict:
-    """One analysis over all seeds: a printed table of means, the values per seed as the result."""
-    tasks = {config.task: task}
-    if config.analysis == "cross-task":
-        family = DEMO[1:] if config.task in DEMO else OFFICIAL
-        tasks = {name: load_task(name, data_dir=config.data_dir or None) for name in family}
-        tasks = {name: fitted(task, (weak, strong), config, tell)[0] for name, task in tasks.items()}
-    out = ANALYSES[config.analysis](config, tasks, weak, strong, stages, tell)
-    print(f"\n{analysis_table(config.analysis, out)}")
-    return out
-
-
-# -------------------------------------------------------------------------------------------------- 8. Report
 def fitted(task, sides, config: Config, tell) -> tuple:
     """The task as both models can read it, and how many of its questions had to be changed for that."""
     room = min(1024, *(side.model.config.context for side in sides))
@@ -859,7 +633,9 @@ def run(config: Config) -> dict:
     for seed in config.seeds:
         runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
     metrics = summarise(runs, config.methods)
-    analysis = analyse(config, task, weak, strong, stages, tell) if config.analysis else None
+    analysis = None
+    if config.analysis:
+        analysis = analyse(sys.modules[__name__], config, task, weak, strong, stages, tell)
     files = sorted([HERE / "selw2s.py", HERE / "model.py", HERE / "graph.py", *HERE.glob("data/*.py")])
     sources = {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "data_dir")}
@@ -889,38 +665,11 @@ def run(config: Config) -> dict:
     return result
 
 
-INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
-
-
-def rerun(config: Config) -> None:
-    """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what
-    differs of the inputs (code, data, models, environment), which is where to look."""
-    try:
-        old = json.loads(Path(config.rerun).read_text("utf-8"))
-        recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
-        fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
-        again = Config(**recorded | {"out": fresh, "data_dir": config.data_dir or recorded["data_dir"]})
-        methods, before = old["metrics"]["methods"], {part: old[part] for part in INPUTS}
-        if problem := wrong(again):
-            raise ValueError(problem)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
-    new = json.loads(json.dumps(run(again)))
-    moved = [part for part in INPUTS if before[part] != new[part]]
-    differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
-    differ += ["the analysis"] * (old["analysis"] != new["analysis"])
-    if differ:
-        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
-                        f"differing inputs: {', '.join(moved) or 'none'}")
-    print(f"the same as {config.rerun} in every metric and weight"
-          + (f", though {', '.join(moved)} differ" if moved else ""))
-
-
 def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
     try:
         config = parse(argv)
-        (rerun if config.rerun else run)(config)
+        rerun(config, run) if config.rerun else run(config)
         return 0
     except (LoadError, DataError, TrainError) as error:
         print(f"selw2s: {error}", file=sys.stderr)

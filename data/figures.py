@@ -181,9 +181,12 @@ def draw_difficulty(plt, result):
 def draw_sweep(plt, result):
     """Labels, student and the graph's homophily as tau, alpha and k vary; a small mark per seed."""
     rows = result["analysis"]
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
-    for ax, flag in zip(axes, ("tau", "alpha", "k")):
-        chosen = {title.split()[1]: row for title, row in rows.items() if title.split()[0] == flag}
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3), sharey=True)
+    panels = {"tau": "(route-only)", "alpha": "(graph-only)", "k": "(graph-only)",
+              "alpha ": "(graph-only, middle layer)"}
+    for ax, (flag, how) in zip(axes, panels.items()):
+        chosen = {title.split()[1]: row for title, row in rows.items()
+                  if title.split()[0] == flag.strip() and title.endswith(how)}
         keys = [("label_accuracy", ORANGE, "^", "labels right"), ("accuracy", BLUE, "o", "student right")]
         keys += [("homophily", "black", "s", "homophily")] * (flag == "k")
         for key, colour, mark, label in keys:
@@ -198,7 +201,8 @@ def draw_sweep(plt, result):
                        label="labels, no smoothing")
         ax.set_xticks(range(len(chosen)), list(chosen), fontsize=7)
         ax.set_xlabel({"tau": "tau (route-only)", "alpha": "alpha (graph-only, k 10)",
-                       "k": "k (graph-only, alpha 0.7)"}[flag])
+                       "k": "k (graph-only, alpha 0.7)",
+                       "alpha ": "alpha (graph-only, k 10, middle layer)"}[flag])
     axes[0].set_ylabel("share (axis does not start at 0)")
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

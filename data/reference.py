@@ -163,14 +163,18 @@ def analysis_block(_: str) -> str:
 
 def smoothing_block(_: str) -> str:
     """Where smoothing helps, where it hurts: label accuracy on D_u with alpha fixed, and with it chosen."""
-    fixed = [title for title in kept("sweep-sciq")["analysis"] if title.startswith("alpha ")]
-    lines = ["| labels of D_u right | " + " | ".join(title.removesuffix(" (graph-only)") for title in fixed)
-             + " | chosen on D_l |", "|---" * (len(fixed) + 2) + "|"]
+    how, middle = "(graph-only)", "(graph-only, middle layer)"
+    fixed = [title[:-len(how)] for title in kept("sweep-sciq")["analysis"]
+             if title.startswith("alpha ") and title.endswith(how)]
+    lines = ["| labels of D_u right | graph on | " + " | ".join(fixed) + " | chosen on D_l |",
+             "|---" * (len(fixed) + 3) + "|"]
     for task in TASKS:
         rows, chosen = kept(f"sweep{task.removeprefix('demo')}")["analysis"], kept(task)
-        cells = [f"{mean_of(rows[title], 'label_accuracy'):.3f}" for title in fixed]
-        cells.append(f"{chosen['metrics']['methods']['graph-only']['label_accuracy']:.3f}")
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+        alone = chosen["metrics"]["methods"]["graph-only"]["label_accuracy"]
+        auto = mean_of(rows["alpha auto " + middle], "label_accuracy")
+        for where, suffix, last in (("chosen layer", how, alone), ("middle layer", middle, auto)):
+            cells = [f"{mean_of(rows[title + suffix], 'label_accuracy'):.3f}" for title in fixed]
+            lines.append(f"| {task} | {where} | " + " | ".join([*cells, f"{last:.3f}"]) + " |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
 """A run's numbers: metrics, intervals, diagnostics, the table; all follow from items.npz, without a model.
+Last, how a run is written down and repeated.
 
 symbol  name here    meaning                                                     source
 PGR     pgr          performance gap recovered, of accuracies on test            Burns et al. 2023, section 3
@@ -14,6 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from data import DataError
+from data.config import Config, problem
+from data.stages import digest
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:
@@ -208,16 +213,6 @@ def mean_of(rows: list[dict], key: str) -> float:
     return float(np.mean([row[key] for row in rows if row[key] is not None] or [np.nan]))
 
 
-def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
-    """The means over seeds of every row of an analysis."""
-    columns = [c for c in next(iter(rows.values()))[0] if c != "seed"]
-    lines = [f"{name:32}" + "".join(f"{c:>16}" for c in columns)]
-    for title, metrics in rows.items():
-        means = [[m[c] for m in metrics if m[c] is not None] for c in columns]
-        lines.append(f"{title:32}" + "".join(f"{np.mean(m):16.3f}" if m else f"{'-':>16}" for m in means))
-    return "\n".join(lines)
-
-
 def write(folder: Path, result: dict, runs: list[dict]) -> None:
     """items.npz, then result.json, each under a temporary name first: a result.json is always a whole one."""
     arrays = {f"seed{r['seed']}/{part}/{name}": array
@@ -233,3 +228,30 @@ def write(folder: Path, result: dict, runs: list[dict]) -> None:
             os.replace(temporary, folder / name)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
+
+
+def rerun(config: Config, run) -> None:
+    """Repeat the run recorded in a result.json, by run(its config); raises DataError naming what came out
+    differently, and what differs of the inputs (code, data, models, environment), where to look."""
+    try:
+        old = json.loads(Path(config.rerun).read_text("utf-8"))
+        recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
+        fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
+        again = Config(**recorded | {"out": fresh, "data_dir": config.data_dir or recorded["data_dir"]})
+        methods, before = old["metrics"]["methods"], {part: old[part] for part in INPUTS}
+        if line := problem(again):
+            raise ValueError(line)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
+    new = json.loads(json.dumps(run(again)))
+    moved = [part for part in INPUTS if before[part] != new[part]]
+    differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
+    differ += ["the analysis"] * (old["analysis"] != new["analysis"])
+    if differ:
+        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
+                        f"differing inputs: {', '.join(moved) or 'none'}")
+    print(f"the same as {config.rerun} in every metric and weight"
+          + (f", though {', '.join(moved)} differ" if moved else ""))

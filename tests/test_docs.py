@@ -65,7 +65,7 @@ def test_reference_runs_are_of_one_code_and_say_their_command():
         assert run["finished"] and run["command"] == shlex.join(["python", "selw2s.py", *flags])
     for name in reference.TASKS:
         assert (len(runs[name]["seeds"]) == 6
-                and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHOD_NAMES)
+                and tuple(runs[name]["metrics"]["methods"]) == METHOD_NAMES)
 
 
 COMMANDS = [line.strip() for line in re.findall(r"^    (?:python|python3) .*", README, re.M)]

@@ -35,7 +35,7 @@ def full(tiny, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- honesty rules
 def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
-    methods = ("--methods", *(m for m in selw2s.METHOD_NAMES if m != "oracle"))
+    methods = ("--methods", *(m for m in METHOD_NAMES if m != "oracle"))
     clean = go(tiny, tmp_path / "clean", *methods)
     task = selw2s.load_task(tiny[1])
     drawn = selw2s.items(task.train, protocol="paper", seed=0)
@@ -186,7 +186,7 @@ def test_help_answers_without_torch():
     assert done.returncode == 0
     assert "| torch" not in done.stderr.replace("|   ", "| ") and "numpy" not in done.stderr
     assert "python selw2s.py --task demo" in done.stdout and len(done.stdout.splitlines()) <= 66
-    for f in selw2s.fields(selw2s.Config):
+    for f in fields(selw2s.Config):
         assert "--" + f.name.replace("_", "-") in done.stdout
 
 
@@ -295,7 +295,7 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
         assert own == float(int(np.argmax(scores)) == int(shown))
 
 
-@pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 20)])
+@pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 28)])
 def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
     result = go(tiny, tmp_path, "--methods", "naive", "--seeds", "0", "1", "--analysis", analysis)
     assert len(result["analysis"]) == rows
