@@ -16,8 +16,6 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
-import numpy as np
-
 YES_NO = ("no", "yes")
 NONE_OF_THE_ABOVE = "None of the above choices ."
 OFFICIAL = ("sciq", "boolq", "cosmosqa")
@@ -68,6 +66,12 @@ def completion(question: Question, option: int) -> str:
     return ("\nAnswer: " if question.options == YES_NO else " ") + question.options[option]
 
 
+def permutation(n: int, seed: int):
+    """Of range(n), as the public code's libraries draw it."""
+    import numpy as np      # here, as --help does not wait for it
+    return np.random.default_rng(seed).permutation(n)
+
+
 def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
     """One binary item per question; same questions and seed, same items, in every process.
 
@@ -92,7 +96,7 @@ def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
     if len({item.label for item in pool}) < 2:
         raise DataError(f"these {len(pool)} items lack a label, 0 or 1; give more questions, of both answers")
     if protocol == "openai":                                                    # Dataset.shuffle(seed)
-        return [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
+        return [pool[i] for i in permutation(len(pool), seed)]
     small, large = sorted(([i for i, item in enumerate(pool) if item.label == y] for y in (0, 1)), key=len)
     # a class above 55 % is thinned [D12]
     drop = set(rng.sample(large, max(0, len(large) - len(small) * 11 // 9)))    # 55 % : 45 % = 11 : 9
@@ -108,7 +112,7 @@ def halves(items: list[Item], questions: list[Question], *, protocol: str, seed:
     openai: train_test_split(0.5, seed); its "train" is labelled, its "test" (larger, if odd) is transfer."""
     assert protocol in ("paper", "openai"), protocol
     if protocol == "openai":
-        order = np.random.default_rng(seed).permutation(len(items))
+        order = permutation(len(items), seed)
         n_transfer = (len(items) + 1) // 2
         labelled, transfer = [items[i] for i in order[n_transfer:]], [items[i] for i in order[:n_transfer]]
     else:

@@ -12,7 +12,8 @@ import pytest
 
 import selw2s
 from conftest import ROOT
-from data import reference, report
+from data import analyses, reference, report
+from data.config import METHOD_NAMES
 
 README = (ROOT / "README.md").read_text("utf-8")
 SOURCES = [ROOT / "selw2s.py", ROOT / "model.py", ROOT / "graph.py", *sorted((ROOT / "data").glob("*.py"))]
@@ -34,8 +35,9 @@ def test_every_function_of_the_map_exists():
     import data
     import graph
     import model
-    modules = {"data": data, "selw2s": selw2s, "model": model, "graph": graph, "report": report}
-    named = re.findall(r"`(data|selw2s|model|graph|report)\.(?!py)(\w+)`", README)
+    modules = {"data": data, "selw2s": selw2s, "model": model, "graph": graph, "report": report,
+               "analyses": analyses}
+    named = re.findall(r"`(data|selw2s|model|graph|report|analyses)\.(?!py)(\w+)`", README)
     assert len(named) > 15
     for module, name in named:
         assert hasattr(modules[module], name), (module, name)

@@ -11,6 +11,7 @@ import torch
 
 import selw2s
 from conftest import ROOT
+from data.config import METHOD_NAMES
 
 
 def go(tiny, out, *more):
