@@ -881,7 +881,8 @@ def from_ranks(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
-ONEDNN_TOKENS = 1024  # from here Product wins: oneDNN prepares half a millisecond for each new shape
+# From here Product wins: oneDNN prepares half a millisecond for each new shape.
+ONEDNN_TOKENS = 1024 if torch.backends.mkldnn.is_available() else math.inf
 BATCH_TOKENS = 2048  # enough for a few CPU cores, few enough for their cache; a GPU wants more
 
 

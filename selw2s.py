@@ -23,17 +23,14 @@ from __future__ import annotations
 
 import sys
 
-from data.config import Config, parse
+from data.config import Config, parse, shown
 
 if __name__ == "__main__":  # --help and a wrong flag are answered before torch, seconds away, is imported
     parse()
 
 import hashlib
 import os
-import shlex
-import textwrap
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +43,7 @@ from data import DEMO, YES_NO, DataError, completion, fit, halves, items, load_t
 from data.analyses import analyse
 from data.figures import figures
 from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
-from data.report import diagnose, rerun, summarise, table, write
+from data.report import rerun, table, write
 from data.stages import Stages, counter, digest
 from graph import affinity, knn, normalise, propagate
 from model import Classifier, LoadError, TrainError, cut, finetune, load, out_of_memory, read
@@ -620,10 +617,7 @@ def run(config: Config) -> dict:
     if cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    print(textwrap.fill("config    " + " ".join(
-        f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-        for name, v in asdict(config).items() if v != ""), 110, subsequent_indent=" " * 10,
-        break_long_words=False, break_on_hyphens=False))
+    print(shown(config))
     task = load_task(config.task, data_dir=config.data_dir or None)
     weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
     strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
@@ -632,36 +626,17 @@ def run(config: Config) -> dict:
     runs = []
     for seed in config.seeds:
         runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
-    metrics = summarise(runs, config.methods)
     analysis = None
     if config.analysis:
         analysis = analyse(sys.modules[__name__], config, task, weak, strong, stages, tell)
-    files = sorted([HERE / "selw2s.py", HERE / "model.py", HERE / "graph.py", *HERE.glob("data/*.py")])
-    sources = {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "data_dir")}
-    run_id = digest(identity, task.sha256, weak.sha256, strong.sha256, sources)[:12]
-    folder = Path(config.out) / task.name / run_id
-    result = {
-        "schema": 1, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": asdict(config),
-        "code": sources,
-        "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
-                 **counts},
-        "models": {name: {"sha256": side.sha256, "revision": side.model.revision, "lr": side.lr}
-                   for name, side in (("weak", weak), ("strong", strong))},
-        "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                "device": config.device,
-                "gpu": torch.cuda.get_device_name(config.device) if cuda else None,
-                "threads": torch.get_num_threads()},
-        "stages": stages.log, "seconds": round(time.perf_counter() - start, 2), "metrics": metrics,
-        "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")}
-                  | {"diagnostics": diagnose(r, config.methods)} for r in runs],
-        "analysis": analysis, "finished": True}
-    write(folder, result, runs)
+    folder, result = write(config, task, counts, {"weak": weak, "strong": strong}, stages, runs, analysis,
+                           time.perf_counter() - start)
     try:
         drawn = figures(folder)
     except ImportError:
         drawn = ["(figures: pip install matplotlib, then run the same command again)"]
-    print(f"\n{table(metrics)}\n\nwritten   {folder}/ " + " ".join(["result.json", "items.npz", *drawn]))
+    print(f"\n{table(result['metrics'])}\n")
+    print(f"written   {folder}/ " + " ".join(["result.json", "items.npz", *drawn]))
     return result
 
 

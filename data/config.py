@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields
+import textwrap
+from dataclasses import asdict, dataclass, field, fields
 
 METHOD_NAMES = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only",
                 "strong-on-D_l", "graph-only", "route-only", "selective", "trust", "chain", "oracle")
@@ -101,6 +102,14 @@ def problem(config: Config) -> str:
     if config.keep and config.keep not in config.methods:
         return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
     return ""
+
+
+def shown(config: Config) -> str:
+    """The resolved configuration as the program prints it first."""
+    words = (f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+             for name, v in asdict(config).items() if v != "")
+    return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
+                         break_long_words=False, break_on_hyphens=False)
 
 
 def parse(argv: list[str] | None = None) -> Config:

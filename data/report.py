@@ -8,8 +8,12 @@ AUROC   auroc        P(a positive ranks above a negative), ties half
 
 Shapes: N items, S seeds. p (N,) is a probability of y = 1, y (N,) is 0/1; right is 0/1.
 """
+import hashlib
 import json
 import os
+import shlex
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,8 @@ from torch import Tensor
 from data import DataError
 from data.config import Config, problem
 from data.stages import digest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:
@@ -213,8 +219,30 @@ def mean_of(rows: list[dict], key: str) -> float:
     return float(np.mean([row[key] for row in rows if row[key] is not None] or [np.nan]))
 
 
-def write(folder: Path, result: dict, runs: list[dict]) -> None:
-    """items.npz, then result.json, each under a temporary name first: a result.json is always a whole one."""
+def write(config: Config, task, counts: dict, sides: dict, stages, runs: list[dict], analysis,
+          seconds: float) -> tuple[Path, dict]:
+    """<out>/<task>/<run id>/items.npz, then result.json, each under a temporary name first: a result.json is
+    always a whole one. sides: weak and strong model; runs: one per seed. Returns folder and result."""
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+    sources = {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    settings = asdict(config)
+    identity = {k: v for k, v in settings.items() if k not in ("out", "data_dir")}
+    run_id = digest(identity, task.sha256, *(side.sha256 for side in sides.values()), sources)[:12]
+    folder = Path(config.out) / task.name / run_id
+    gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+    result = {
+        "schema": 1, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": settings,
+        "code": sources,
+        "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
+                 **counts},
+        "models": {name: {"sha256": side.sha256, "revision": side.model.revision, "lr": side.lr}
+                   for name, side in sides.items()},
+        "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
+        "stages": stages.log, "seconds": round(seconds, 2), "metrics": summarise(runs, config.methods),
+        "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")}
+                  | {"diagnostics": diagnose(r, config.methods)} for r in runs],
+        "analysis": analysis, "finished": True}
     arrays = {f"seed{r['seed']}/{part}/{name}": array
               for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,6 +256,7 @@ def write(folder: Path, result: dict, runs: list[dict]) -> None:
             os.replace(temporary, folder / name)
         finally:
             temporary.unlink(missing_ok=True)
+    return folder, result
 
 
 INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration

@@ -7,6 +7,7 @@ import torch
 
 import selw2s as s
 from data import report as r
+from data.stages import digest
 
 
 def close(a, b, tol=1e-12):
@@ -87,16 +88,16 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
         return {"test": test, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7},
                 "n": {"labelled": 5}, "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
-    small = s.summarise([fake(0.70, 0.702, 0.703)], methods)
+    small = r.summarise([fake(0.70, 0.702, 0.703)], methods)
     assert small["pgr_defined"] is False and small["methods"]["naive"]["pgr"] is None
-    assert "PGR undefined" in s.table(small)
-    large = s.summarise([fake(0.6, 0.7, 0.8)], methods)
+    assert "PGR undefined" in r.table(small)
+    large = r.summarise([fake(0.6, 0.7, 0.8)], methods)
     close(large["methods"]["naive"]["pgr"], 0.5, 1e-9)
     lo, hi = large["methods"]["naive"]["pgr_ci95"]
     assert 0.3 < lo < 0.5 < hi < 0.7
     assert [large["methods"][m]["ground_truth_labels"] for m in methods] == [5, 7, 5]
     # the ceiling under the weak model
-    below = s.summarise([fake(0.7, 0.6, 0.5), fake(0.7, 0.62, 0.5)], methods)
+    below = r.summarise([fake(0.7, 0.6, 0.5), fake(0.7, 0.62, 0.5)], methods)
     assert below["pgr_defined"] is False and below["gap"]["mean"] == pytest.approx(-0.2)
     rows = below["methods"]
     assert "minus_naive" not in rows["naive"] and rows["naive"]["attainable"] and rows["weak"]["attainable"]
@@ -114,12 +115,12 @@ def test_seeds_are_joined_by_question():
                 "truth": y[list(order)], "p/weak": p[list(order)]}
         runs.append({"test": test, "transfer": {}, "truth_used": {}, "n": {"labelled": 5},
                      "weights": {"weak": ""}})
-    one, two = s.summarise(runs[:1], ("weak",)), s.summarise(runs, ("weak",))
+    one, two = r.summarise(runs[:1], ("weak",)), r.summarise(runs, ("weak",))
     assert one["methods"]["weak"]["ci95"] == two["methods"]["weak"]["ci95"]     # the second seed adds nothing
     assert two["methods"]["weak"]["per_seed"] == [0.6, 0.6] and two["test_groups"] == 5 and two["seeds"] == 2
     runs[1]["test"]["id"][0] = "q7/0"
     with pytest.raises(AssertionError):
-        s.summarise(runs, ("weak",))
+        r.summarise(runs, ("weak",))
 
 
 # ------------------------------------------------------------------------------------------------------ probe
@@ -262,10 +263,10 @@ def test_digest_sees_every_bit_dtype_shape_and_source():
     a = torch.arange(6.0)
     flipped = a.clone()
     flipped[3] = float(np.nextafter(np.float32(3), np.float32(4)))
-    seen = {s.digest(a), s.digest(flipped), s.digest(a.reshape(2, 3)), s.digest(a.double()),
-            s.digest(a.tolist()), s.digest(s.product), s.digest(s.log_confidence), s.digest("ab", "c"),
-            s.digest("a", "bc"), s.digest(1), s.digest(1.0)}
-    assert len(seen) == 11 and s.digest(a) == s.digest(a.clone())
+    seen = {digest(a), digest(flipped), digest(a.reshape(2, 3)), digest(a.double()),
+            digest(a.tolist()), digest(s.product), digest(s.log_confidence), digest("ab", "c"),
+            digest("a", "bc"), digest(1), digest(1.0)}
+    assert len(seen) == 11 and digest(a) == digest(a.clone())
 
 
 def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
