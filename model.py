@@ -539,7 +539,7 @@ class Batch:
     that still looks in the last block. Neighbours of equal length form a run."""
 
     def __init__(self, lengths: list[int], tree, kinds: set, keep, device):
-        self.runs, self.keep = [(len(list(same)), T) for T, same in itertools.groupby(lengths)], keep
+        self.runs = [(len(list(same)), T) for T, same in itertools.groupby(lengths)]
         self.sizes = [B * T for B, T in self.runs]
         positions, self.masks, self.kept = [], {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
         branches = itertools.repeat(None) if tree is None else tree.split(self.sizes)

@@ -29,7 +29,8 @@ REFERENCE = {       # folder in data/results: flags of the run, files kept of it
 DECISIONS = {       # row of the README's table of decisions: flags of its alternatives
     "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
     "D3": (("--target", "soft"),), "D4": (("--tau", "0.5"), ("--tau", "0.9")), "D5": (("--anchors", "0"),),
-    "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")), "D9": (("--lr", "2e-4"),)}
+    "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")), "D9": (("--lr", "2e-4"),),
+    "D15": (("--gamma", "1"),)}
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 BARE = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path('selw2s.py', run_name='__main__')"

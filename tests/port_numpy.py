@@ -109,6 +109,12 @@ def llama(config, w, tokens):
 NETWORKS = {"gpt2": gpt2, "llama": llama, "gemma3_text": llama}
 
 
+def option_loglik(net, config, w, prompt, option):
+    """Sum of log p(token | before) over an option's tokens after a prompt's: how the own answer is chosen."""
+    logits = net(config, w, np.append(prompt, option))[1]
+    return log_softmax(logits)[np.arange(len(prompt) - 1, len(logits) - 1), option].sum()
+
+
 def classifier_loss(final, w, target):
     """Mean soft-label cross-entropy, of the last tokens' final states (B, C) against P(y = 1) (B,)."""
     log_p = log_softmax(final @ w["score.weight"].T)            # (B, 2)

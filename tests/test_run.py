@@ -305,7 +305,8 @@ def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
         assert [m["seed"] for m in metrics] == [0, 1] and all(0 <= m["accuracy"] <= 1 for m in metrics)
     if analysis == "sweep":
         naive = result["metrics"]["methods"]["naive"]
-        for row in ("tau 1.01 (route-only)", "alpha 0 (graph-only)"):       # the off-identities, as rows
+        for row in ("tau 1.01 (route-only)", "alpha 0 (graph-only)",        # the off-identities, as rows
+                    "alpha 0 (graph-only, middle layer)"):
             assert [m["accuracy"] for m in result["analysis"][row]] == pytest.approx(naive["per_seed"])
         coverage = [np.mean([m["coverage"] for m in v])
                     for k, v in result["analysis"].items() if k.startswith("tau")]

@@ -29,6 +29,9 @@ def family(port, g, config):
     for i, x in zip([*range(len(states) - 1), "final"], states):
         yield f"hidden.{i}", x, g[f"hidden.{i}"]
     yield from (("logits", logits, g["logits"]), ("loss", loss(), g["loss"]))
+    b, c = np.split(g["tokens"], ends[:-1])[1:]
+    scores = [port.option_loglik(net, config, w, c[:15], option) for option in (c[15:], b[:4])]
+    yield "option.loglik", scores, g["option.loglik"]
     for key in [key for key in g if key.startswith("gradient.")]:
         stored, name = g[key].astype(np.float64), key.removeprefix("gradient.")
         steps = [*np.eye(stored.size)[np.abs(stored).ravel().argsort()[-4:]],   # the four largest entries

@@ -13,6 +13,9 @@ gpt2, llama, gemma3_text .safetensors        a shaken checkpoint and what it com
     hidden.{i}           (P, C)              residual stream after block i, 0 = embeddings (and positions)
     hidden.final         (P, C)              after the final norm
     logits               (P, V)              of the language model's head
+    option.loglik        (2,)                sum of log p(token | before) of two options after one prompt, the
+                                             last sequence's first 15 tokens: its last 6, and the first 4 of the
+                                             sequence before
     target               (B,)                soft labels w = P(y = 1)
     loss                 ()                  mean over B of -(1 - w) log p_0 - w log p_1; p of score h,
                                              h the last token's hidden.final, by softmax
@@ -134,13 +137,16 @@ def family(raw, rng):
     z = final[torch.tensor(LENGTHS).cumsum(0) - 1] @ score.T                    # (B, 2)
     loss = -(torch.stack([1 - target, target], 1) * z.log_softmax(1)).sum(1).mean()
     loss.backward()
+    _, b, c = (part.tolist() for part in tokens.split(LENGTHS))
+    reading = M.read(net, [c[:15]], [[c[15:], b[:4]]], [-1])
     row, gradients = M.FAMILIES[config.family], {name: x.grad for name, x in params.items()}
     gradients = M.export(config, gradients | {"head.weight": params["embed.weight"]})   # its own is None
     embed = row["prefix"] + row["names"]["embed"] + ".weight"
     query = QUERY.get(config.family, "model.layers.0.self_attn.q_proj.weight")
     return ({"weight/" + name: x for name, x in weights.items()}
             | {f"hidden.{i}": x for i, x in enumerate(states)}
-            | {"hidden.final": final, "logits": net.logits(final), "target": target, "loss": loss,
+            | {"hidden.final": final, "logits": net.logits(final),
+               "option.loglik": reading.loglik[0].float(), "target": target, "loss": loss,
                "tokens": tokens.int(), "lengths": torch.tensor(LENGTHS).int(),
                "gradient.score.weight": score.grad}
             | {"gradient." + name: gradients[name] for name in (embed, query)})
