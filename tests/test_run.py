@@ -297,6 +297,33 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
         assert own == float(int(np.argmax(scores)) == int(shown))
 
 
+def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
+    """--own pmi takes an option's likelihood after "A:" alone, a yes or no's after "Question:", from its score
+    [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
+    from data import Item, Question
+    from data.stages import Stages
+    from model import hidden_at
+    config = selw2s.parse([*tiny, "--own", "pmi", "--out", str(tmp_path)])
+    strong = selw2s.open_side(tiny[5], config)
+    questions = [Question("a", "a", "", "Who is there?", ("one", "two"), 1),
+                 Question("b", "b", "", "is it red", ("no", "yes"), 0)]
+    rows = [Item("a/0", "a", "", 0, 0), Item("b", "b", "", -1, 0)]
+    got = selw2s.elicit(config, strong, rows, questions, [], Stages(tmp_path, print), print)
+
+    def score(before, after):
+        head, whole = strong.tokenizer.encode([before, before + after])
+        logp = strong.model.logits(strong.model.packed(torch.tensor(whole), [len(whole)])[0]).log_softmax(-1)
+        return sum(float(logp[t - 1, whole[t]]) for t in range(len(head), len(whole)))
+    for n, (q, last) in enumerate(zip(questions, ("A:", "Question:"))):
+        pmi = [score(selw2s.prompt(q), selw2s.completion(q, i)) - score(last, selw2s.completion(q, i))
+               for i in range(2)]
+        torch.testing.assert_close(got.belief[n], torch.tensor(pmi, dtype=torch.float64).softmax(0),
+                                   rtol=1e-4, atol=1e-5)
+    depth, ids = strong.model.config.layers, strong.tokenizer.encode([selw2s.prompt(q) for q in questions])
+    for r, layer in enumerate(dict.fromkeys((depth // 2, 3 * depth // 4, None))):
+        torch.testing.assert_close(got.prompt[:, r], hidden_at(strong.model, ids, layer=layer))
+
+
 @pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 28)])
 def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
     result = go(tiny, tmp_path, "--methods", "naive", "--seeds", "0", "1", "--analysis", analysis)
