@@ -581,3 +581,9 @@ def test_processes_agree(tmp_path):
     first, second = (subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONHASHSEED": s},
                                     capture_output=True, check=True).stdout for s in ("1", "2"))
     assert first == second
+
+
+def test_a_yes_no_question_is_known_by_its_options_not_by_their_object():
+    q = Question("a", "a", "", "is it red", tuple("no yes".split()), 1)
+    assert completion(q, 1) == "\nAnswer: yes"
+    assert completion(q._replace(options=("no", "yes", "so")), 1) == " yes"
