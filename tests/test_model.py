@@ -611,6 +611,18 @@ def test_absent_keys_take_the_family_default():
     assert M.configure(dict(model_type="gpt_neo")).windows[:4] == (None, 256, None, 256)
 
 
+@pytest.mark.parametrize("family", [family for family in M.FAMILIES if family != "qwen"])
+def test_every_default_is_transformers_own(family):
+    import transformers
+    theirs, compared = transformers.AutoConfig.for_model(family), 0
+    for field, mine in M.FAMILIES[family]["numbers"].items():
+        given = [getattr(theirs, key) for key in M.SPELLINGS[field] if getattr(theirs, key, None) is not None]
+        if given and mine is not None:  # None: follows from others, and is tested with them
+            assert given == [mine] * len(given), field
+            compared += 1
+    assert compared >= 8
+
+
 def test_bit_flips_in_the_header_never_pass_unseen(tiny, tmp_path):
     """A flipped bit either makes a LoadError or leaves every tensor as it was."""
     data = (tiny / "model.safetensors").read_bytes()
