@@ -204,5 +204,6 @@ def draw_sweep(plt, result):
                        "k": "k (graph-only, alpha 0.7)",
                        "alpha ": "alpha (graph-only, k 10, middle layer)"}[flag])
     axes[0].set_ylabel("share (axis does not start at 0)")
-    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    handles = axes[2].get_legend_handles_labels()       # the panel that has all of them
+    axes[3].legend(*handles, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
