@@ -298,8 +298,8 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
 
 
 def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
-    """--own pmi takes an option's likelihood after "A:" alone, a yes or no's after "Question:", from its score
-    [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
+    """--own pmi takes an option's likelihood after "A:" alone, a yes or no's after "Question:", from its
+    score [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
     from data import Item, Question
     from data.stages import Stages
     from model import hidden_at

@@ -14,8 +14,8 @@ gpt2, llama, gemma3_text .safetensors        a shaken checkpoint and what it com
     hidden.final         (P, C)              after the final norm
     logits               (P, V)              of the language model's head
     option.loglik        (2,)                sum of log p(token | before) of two options after one prompt, the
-                                             last sequence's first 15 tokens: its last 6, and the first 4 of the
-                                             sequence before
+                                             last sequence's first 15 tokens: its last 6, and the first 4 of
+                                             the sequence before
     target               (B,)                soft labels w = P(y = 1)
     loss                 ()                  mean over B of -(1 - w) log p_0 - w log p_1; p of score h,
                                              h the last token's hidden.final, by softmax
