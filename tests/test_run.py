@@ -297,6 +297,20 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
         assert own == float(int(np.argmax(scores)) == int(shown))
 
 
+def test_sweep_smooths_on_the_middle_layer_alone_where_it_says_so(tiny, tmp_path, monkeypatch):
+    from data import analyses
+    seen, real = {}, analyses.student
+
+    def spy(method, config, prep, *args):
+        seen.setdefault((args[-1], config.alpha), []).append(prep.item)
+        return real(method, config, prep, *args)
+    monkeypatch.setattr(analyses, "student", spy)
+    go(tiny, tmp_path, "--methods", "naive", "--analysis", "sweep")
+    every, middle = seen["graph-only", 0.9]
+    assert every.shape[1] > 1 and torch.equal(middle, every[:, :1])
+    assert "auto" in [alpha for name, alpha in seen if name == "graph-only"]
+
+
 def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
     """--own pmi takes an option's likelihood after "A:" alone, a yes or no's after "Question:", from its
     score [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
