@@ -14,13 +14,15 @@ Transformer.packed.
 Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension,
 I inner width of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.
 Packed layout: the tokens of a batch lie end to end, (P, C), and nothing is computed for padding; attention
-works on runs of sequences of one length, (B, H, T, D), where plain causal attention needs no mask.
+alone unpacks runs of sequences of about one length, (B, H, T, D), right-padded, where plain causal attention
+needs no mask, and packs again.
 Parameters are a dict with one set of names for all families: embed pos norm head, layers.{i}.{norm1 q k v
 q_norm k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias, matrices (out, in), gains as
 they multiply (Gemma's files hold gain - 1). A part that a family lacks has no tensor, and the network passes
 it by.
 """
 import base64
+import ctypes
 import itertools
 import json
 import math
@@ -367,6 +369,7 @@ WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
     """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer);
     matrices in dtype, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
+    keep_freed_memory()
     folder = find(str(source))
     try:
         check_device(device)
@@ -390,6 +393,15 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
     print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
           f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
     return model, tokenizer
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to hold up to 1 GB of freed memory for the next step. Else it goes back to the system after
+    each, and every page is cleared anew: a tenth of the time of finetuning on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:  # and is not macOS
+        mallopt(-1, 2 ** 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2 ** 26)  # M_MMAP_THRESHOLD: larger blocks go back at once, as before
 
 
 def check_device(device) -> None:
@@ -532,41 +544,54 @@ def export(c: Config, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 # ---- the network -------------------------------------------------------------------------------------------
 
+ALIKE = dict(cpu=1.0, cuda=0.8)  # see alike: CPUs pay for padding, GPUs for each call
+
+
 class Batch:
-    """How packed sequences attend. tree: (P,) int64 or None, the branch each token is on, 0 = trunk: a token
-    sees those before it in its sequence that are on the trunk or on its own branch, and its position counts
-    them. kinds: the (window, explicit mask?) pairs needed. keep (B,) or None: the one token of each sequence
-    that still looks in the last block. Neighbours of equal length form a run."""
+    """How packed sequences attend: runs of neighbours of about equal length, each as (B, T), where shorter
+    ones are padded on the right; plain causal attention needs no mask for that. tree: (P,) int64 or None, the
+    branch each token is on, 0 = trunk: a token sees those before it in its sequence that are on the trunk or
+    on its own branch, and its position counts them. kinds: the (window, explicit mask?) pairs needed. keep
+    (B,) or None: the one token of each sequence that still looks in the last block."""
 
     def __init__(self, lengths: list[int], tree, kinds: set, keep, device):
-        self.runs = [(len(list(same)), T) for T, same in itertools.groupby(lengths)]
-        self.sizes = [B * T for B, T in self.runs]
-        positions, self.masks, self.kept = [], {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
-        branches = itertools.repeat(None) if tree is None else tree.split(self.sizes)
-        rows = itertools.repeat(None) if keep is None else (
-            keep - torch.tensor(lengths, device=device).cumsum(0)).split([B for B, _ in self.runs])
-        for (B, T), branch, row in zip(self.runs, branches, rows):  # row: kept places, from a sequence's end
-            at = torch.arange(T, device=device)  # (T,)
+        self.runs, slots, tokens, positions, start, size = [], [], [], [], 0, 0
+        self.masks, self.kept = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+        for run in alike(lengths, ALIKE[device.type]):
+            B, T, n = len(run), max(run), torch.tensor(run, device=device)[:, None]  # (B, 1)
+            at, first = torch.arange(T, device=device), start + n.cumsum(0) - n  # (T,), (B, 1)
+            real, slot = at < n, first + at.minimum(n - 1)  # (B, T); past its end its last token stands again
             sees = at[:, None] >= at  # (T, T)
-            if branch is not None:
-                branch = branch.view(B, 1, T)
+            if tree is not None:
+                branch = tree[slot][:, None]  # (B, 1, T)
                 sees = sees & ((branch.mT == branch) | (branch == 0))  # (B, T, T)
                 at = sees.sum(-1) - 1  # (B, T)
-            positions.append(at.expand(B, T).reshape(-1))
             for window, explicit in kinds:  # a window counts the token itself
-                plain = branch is None and not explicit and (window is None or window >= T)
+                plain = tree is None and not explicit and (window is None or window >= T)
                 near = sees if window is None else sees & (at[..., :, None] - at[..., None, :] < window)
                 self.masks[window, explicit].append(None if plain else near.view(-1, 1, T, T))
-                if row is not None:
+                if keep is not None:
+                    row = keep[:B] - first[:, 0]
                     near = near.expand(B, T, T)[torch.arange(B, device=device), row]
                     self.kept[window, explicit].append(near[:, None, None])  # (B, 1, 1, T)
-        self.position = torch.cat(positions)  # (P,)
+            keep = None if keep is None else keep[B:]
+            self.runs.append((B, T))
+            slots.append(slot.flatten())
+            tokens.append(size + real.flatten().nonzero()[:, 0])
+            positions.append(at.expand(B, T)[real])
+            start, size = start + sum(run), size + B * T
+        self.sizes = [B * T for B, T in self.runs]
+        self.slot, self.token = torch.cat(slots), torch.cat(tokens)  # (S,) token in a slot, (P,) its slot
+        self.padded, self.position = start < size, torch.cat(positions)  # (P,)
 
     def attend(self, q, k, v, kind, scale, cap):
         """k and v (P, K, D), q (P, H, D) or of the kept tokens (B, H, D) -> (P or B, H * D). No mask: causal;
         a mask is True where a token may look."""
         out, all_look = [], len(q) == len(k)
         masks = self.masks[kind] if all_look else self.kept[kind]
+        if self.padded:
+            q = q.index_select(0, self.slot) if all_look else q
+            k, v = k.index_select(0, self.slot), v.index_select(0, self.slot)  # (S, K, D)
         parts = q.split(self.sizes if all_look else [B for B, _ in self.runs])
         for (B, _), mask, *qkv in zip(self.runs, masks, parts, k.split(self.sizes), v.split(self.sizes)):
             q, k, v = (x.view(B, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (B, H, T, D)
@@ -576,7 +601,19 @@ class Batch:
                 scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B, H, T, T)
                 y = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
             out.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
-        return torch.cat(out)
+        y = torch.cat(out)
+        return y.index_select(0, self.token) if self.padded and all_look else y
+
+
+def alike(lengths: list[int], least: float) -> list[list[int]]:
+    """Lengths cut into runs of neighbours; the shortest of a run is at least that part of its longest."""
+    out, low, high = [], 0, 0
+    for n in lengths:
+        low, high = min(low, n), max(high, n)
+        if low < least * high or not out:
+            out, low, high = out + [[]], n, n
+        out[-1].append(n)
+    return out
 
 
 def rope_table(rope: tuple, position):
@@ -631,19 +668,25 @@ class Product(torch.autograd.Function):
                 gradient.t() @ x if wanted[1] else None, gradient.sum(0) if wanted[2] else None)
 
 
-class AddRows(torch.autograd.Function):
-    """F.embedding for a leaf whose .grad lies there already: the gradient is added to its rows. Another
-    (V, C) of zeros for each step costs a fifth of a small model's step."""
+class RMSNorm(torch.autograd.Function):
+    """x (..., C) over its root mean square, times weight (C,). With its own gradient it takes half the passes
+    over memory of F.rms_norm on a CPU."""
 
     @staticmethod
-    def forward(ctx, weight, tokens):
-        ctx.weight, ctx.tokens = weight, tokens
-        return F.embedding(tokens, weight)
+    def forward(ctx, x, weight, eps):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(size * size / len(weight) + eps)  # (..., 1)
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight if any(ctx.needs_input_grad) else unit.mul_(weight)
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.weight.grad.index_add_(0, ctx.tokens, gradient)
-        return None, None
+        unit, scale, weight = ctx.saved_tensors
+        along = gradient * unit
+        inward = along @ weight[:, None] / len(weight)  # (..., 1): what scale takes back
+        return ((gradient * weight).addcmul_(unit, inward, value=-1).mul_(scale),
+                along.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None)
 
 
 class Transformer:
@@ -651,7 +694,6 @@ class Transformer:
     (config.json), folder, revision (the hub's commit; None for a directory). Nothing here changes params."""
     raw, folder, revision = None, None, None
     recompute = False  # activation checkpointing, block by block
-    add_rows = False  # see AddRows
 
     def __init__(self, config: Config, params: dict[str, torch.Tensor]):
         self.config, self.params = config, params
@@ -664,8 +706,7 @@ class Transformer:
             return x
         if bias is not None:
             return F.layer_norm(x.float(), weight.shape, weight, bias, self.config.eps).to(x.dtype)
-        size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)  # on CPUs F.rms_norm is half as fast
-        return times(x * torch.rsqrt(size * size / len(weight) + self.config.eps), weight).to(x.dtype)
+        return RMSNorm.apply(x.float(), weight, self.config.eps).to(x.dtype)
 
     def linear(self, x, name):
         weight, bias = self.params[name + ".weight"], self.params.get(name + ".bias")
@@ -724,8 +765,7 @@ class Transformer:
         if max(lengths) > c.context and int(batch.position.max()) >= c.context:
             raise ValueError(f"a sequence of {int(batch.position.max()) + 1} tokens is longer than the "
                              f"context of {c.context}")
-        embed = self.params["embed.weight"]
-        x = AddRows.apply(embed, tokens) if self.add_rows else F.embedding(tokens, embed)  # (P, C)
+        x = F.embedding(tokens, self.params["embed.weight"])  # (P, C)
         if row.get("embed_scale"):
             x = x * torch.tensor(c.width ** 0.5, dtype=x.dtype)
         if "pos.weight" in self.params:
@@ -1061,8 +1101,9 @@ class Classifier:
                 shutil.copyfile(self.model.folder / name, Path(folder) / name)
 
 
-def trainable(model: Transformer, tune: str, rank: int, head_init: str, generator) -> dict[str, torch.Tensor]:
-    """The tensors that Adam owns: float32 copies, whatever the model's dtype."""
+def trainable(model: Transformer, tune: str, rank: int, head_init: str, generator, used) -> dict:
+    """Name -> a tensor that Adam owns: float32 copies, whatever the model's dtype; of the embedding, the rows
+    used."""
     if tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
         raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and zero "
                          "or normal")
@@ -1071,7 +1112,7 @@ def trainable(model: Transformer, tune: str, rank: int, head_init: str, generato
     for name, x in model.params.items():
         stem, _, kind = name.rpartition(".")
         if tune == "full" and name != "head.weight":  # the language model's own head takes no part
-            out[name] = x.detach().to(torch.float32, copy=True)
+            out[name] = (x[used] if name == "embed.weight" else x).detach().to(torch.float32, copy=True)
         if tune == "lora" and kind == "weight" and re.search(r"\.(q|k|v|o|gate|up|down)$", stem):
             out[stem + ".lora_a"] = torch.randn(rank, x.shape[1], generator=generator) / x.shape[1] ** 0.5
             out[stem + ".lora_b"] = torch.zeros(x.shape[0], rank)  # Hu et al. 2021 (arXiv 2106.09685): B = 0
@@ -1096,32 +1137,25 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(sequences), generator=generator).split(batch) for _ in range(epochs)]
     steps = [rows.tolist() for order in orders for rows in order]
-    trained = trainable(model, tune, rank, head_init, generator)
+    used, ids = torch.unique(pack(sequences, model.device)[0], return_inverse=True)  # (U,), (all tokens,)
+    if tune == "full":  # Adam would leave the other rows of the embedding alone: they never get a gradient
+        sequences = [x.tolist() for x in ids.split([len(s) for s in sequences])]
+    trained = trainable(model, tune, rank, head_init, generator, used)
     adam = torch.optim.Adam(trained.values(), lr=lr, betas=(0.9, 0.999), fused=True)
     features = hidden_at(model, sequences, batch_tokens=batch_tokens) if tune == "head" else None
     given = torch.as_tensor(targets, dtype=torch.float32, device=model.device)
-    embed = trained.get("embed.weight")
-
-    def clear(rows):
-        for x in trained.values():
-            if x is not embed:
-                x.grad = None
-        if embed is not None:  # its gradient stays, see AddRows, and is zero but for the tokens seen
-            embed.grad.index_fill_(0, pack([sequences[i] for i in rows], model.device)[0], 0.0)
 
     def logits(rows):  # (len(rows), 2) float32
         state = seen(model, trained, lora_alpha / rank)
         if features is not None:
             return F.linear(features[rows].float(), state["classifier.weight"])
         student = Transformer(model.config, model.params | state)
-        student.recompute, student.add_rows = checkpoint, state.get("embed.weight") is embed is not None
+        student.recompute = checkpoint
         tokens, lengths = pack([sequences[i] for i in rows], model.device)
         last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
         return F.linear(student.packed(tokens, lengths, keep=last)[0].float(), state["classifier.weight"])
 
     saved_at = time.monotonic()
-    if embed is not None:
-        embed.grad = torch.zeros_like(embed)
     for step in range(resume(save, trained, adam), len(steps)):
         adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
         rows, loss = steps[step], None
@@ -1137,21 +1171,23 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
                     raise TrainError(f"out of memory at step {step + 1} with one sequence of {max(lengths)} "
                                      "tokens: tune less (lora, head) or recompute activations") from None
                 batch_tokens = min(batch_tokens, sum(lengths)) // 2
-                clear(rows)  # the step starts again from nothing
+                adam.zero_grad()  # the step starts again from nothing
         if not math.isfinite(loss):
             if save and step:  # the weights are still those of the last good step
                 suspend(save, trained, adam, step)
             raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
                              "lower it")
         adam.step()
-        clear(rows)
+        adam.zero_grad()
         if progress:
             progress(step + 1, len(steps), loss)
         if save and time.monotonic() - saved_at > SAVE_SECONDS:
             suspend(save, trained, adam, step + 1)
             saved_at = time.monotonic()
-    final = seen(model, trained, lora_alpha / rank)
-    return Classifier(model, {name: x.detach().clone() for name, x in final.items()})
+    final = {name: x.detach().clone() for name, x in seen(model, trained, lora_alpha / rank).items()}
+    if tune == "full":
+        final["embed.weight"] = model.params["embed.weight"].index_copy(0, used, final["embed.weight"])
+    return Classifier(model, final)
 
 
 def seen(model: Transformer, trained: dict, scale: float) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,9 +226,28 @@ def test_parity_by_convolution(variant, reference, monkeypatch):
     assert weight.grad.any() and len(seen) == (6 if variant == "gpt2" else 7) * net.config.layers
 
 
+@pytest.mark.parametrize("least", [0.7, 0.1])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_kept_token_a_sequence(variant, reference):
+def test_parity_in_padded_runs(variant, least, reference, monkeypatch):
+    """How attention unpacks a batch on a GPU: runs of about equal length, or the whole batch."""
+    monkeypatch.setitem(M.ALIKE, "cpu", least)
+    folder, states, grads, _ = reference(variant)
+    parity(M.load(folder)[0], states, grads)
+    batch = M.Batch(LENGTHS.tolist(), None, set(), None, torch.device("cpu"))
+    assert batch.padded and batch.runs == ([(1, 31), (1, 7), (2, 43)] if least == 0.7 else [(4, 43)])
+
+
+def test_runs_of_about_equal_length():
+    assert M.alike([5, 5, 4, 4, 5, 3], 1.0) == [[5, 5], [4, 4], [5], [3]]
+    assert M.alike([10, 8, 9, 7, 8, 20, 16, 15], 0.8) == [[10, 8, 9], [7, 8], [20, 16], [15]]
+    assert M.alike([8, 10, 7], 0.8) == [[8, 10], [7]]  # the longest may come later
+
+
+@pytest.mark.parametrize("least", [1.0, 0.1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_kept_token_a_sequence(variant, least, reference, monkeypatch):
     """In the last block only the kept tokens look: with windows, caps, biases, at any place."""
+    monkeypatch.setitem(M.ALIKE, "cpu", least)
     net, _ = M.load(reference(variant)[0])
     tokens, lengths = TOKENS[REAL], LENGTHS.tolist()
     starts = LENGTHS.cumsum(0) - LENGTHS
@@ -690,8 +710,10 @@ def test_company_and_padding_change_nothing(variant, reference):
     CLOSE(firsts, torch.stack([net.packed(torch.tensor(s), [len(s)], (1,))[0][0] for s in sequences]))
 
 
+@pytest.mark.parametrize("least", [1.0, 0.1])
 @pytest.mark.parametrize("variant", ODD)
-def test_tree_equals_separate_sequences(variant, reference):
+def test_tree_equals_separate_sequences(variant, least, reference, monkeypatch):
+    monkeypatch.setitem(M.ALIKE, "cpu", least)
     net, _ = M.load(reference(variant)[0])
     prompts = ragged(5, 3, 20, 7)
     options = [ragged(1 + q % 4, 1, 9, q) for q in range(5)]
@@ -716,6 +738,18 @@ def test_tree_equals_separate_sequences(variant, reference):
                               torch.tensor([5, 6, 7, 8]), cells=101)
     CLOSE(narrow, M.log_likelihood(net, net.packed(torch.arange(9), [9])[0], [3, 3, 1, 7],
                                    torch.tensor([5, 6, 7, 8])))
+
+
+def test_freed_memory_is_kept_where_glibc_is(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(M.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *args: told.append(args)))
+    M.load(tiny)
+    assert told == [(-1, 2 ** 30), (-3, 2 ** 26)]
+    monkeypatch.setattr(M.ctypes, "CDLL", lambda _: SimpleNamespace())  # macOS
+    M.load(tiny)
+    monkeypatch.setattr(M.os, "name", "nt")
+    monkeypatch.setattr(M.ctypes, "CDLL", None)  # there CDLL(None) raises
+    M.keep_freed_memory()
 
 
 def test_too_long_a_sequence(tiny):
@@ -803,6 +837,10 @@ def test_steps_are_those_of_a_plain_loop(tiny, steps):
             F.cross_entropy(z, torch.stack([1 - w, w], 1)).backward()
             sizes.append((schedule.get_last_lr()[0], theirs.score.weight.grad.clone()))
             adam.step(), adam.zero_grad(), schedule.step()
+    CLOSE(got.state()["embed.weight"], theirs.transformer.wte.weight.detach(), rtol=1e-4, atol=1e-4)
+    unused = sorted(set(range(101)) - set(sum(TRAIN["sequences"], [])))  # Adam has no rows for them
+    same = (got.state()["embed.weight"] == net.params["embed.weight"]).all(1)
+    assert unused and same.nonzero()[:, 0].tolist() == unused
     for (lr, grads), (their_lr, head) in zip(ours, sizes, strict=True):
         assert lr == pytest.approx(their_lr)
         CLOSE(grads[0], head, rtol=1e-3, atol=1e-5)
@@ -834,22 +872,6 @@ def test_gradients_are_the_whole_batch_s(case, tiny, steps, monkeypatch):
         assert f == h
         CLOSE(p, q, rtol=1e-4, atol=1e-5)
     assert case != "target_fn" or [f for _, f in seen] == [i / 6 for i in range(6)]
-
-
-def test_gradient_added_to_the_rows_is_the_embedding_s(tiny):
-    """Repeated tokens, two micro-batches, on top of what lies there; and finetune uses it for float32 weights
-    alone."""
-    net, _ = M.load(tiny)
-    tokens, lengths = torch.tensor([5, 5, 7, 5, 9, 7]), [4, 2]
-    grads = []
-    for add in (False, True):
-        net.params["embed.weight"] = leaf = net.params["embed.weight"].detach().clone().requires_grad_()
-        leaf.grad, net.add_rows = torch.ones_like(leaf), add
-        for part, size in ((tokens[:4], lengths[:1]), (tokens[4:], lengths[1:])):
-            net.packed(part, size)[0].square().sum().backward()
-        grads.append(leaf.grad)
-    CLOSE(*grads)
-    assert (grads[0][[5, 7, 9]] != 1).any(1).all() and (grads[0][6] == 1).all()
 
 
 def test_given_targets_through_a_function_change_no_bit(tiny):
