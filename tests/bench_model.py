@@ -7,8 +7,7 @@ Same weights, same process, runs of both in turn; a line gives the medians and t
 Hidden states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the
 same batches of 32 in the same order, both sides timed from the end of their first step. Lengths are those of
 real items of ../shared/data in GPT-2 tokens, or one number for all.
-model.load lets glibc keep freed memory, in the whole process: transformers gains by that too, up to a
-seventh of its step.
+model.load lets glibc keep freed memory, in the whole process, so both sides run with that.
 `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
 given `--peak` (TFLOP/s). About 10 minutes on two idle cores.
 """
