@@ -369,7 +369,7 @@ WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
     """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer);
     matrices in dtype, norms in float32. Prints one line. LoadError for everything a user can get wrong."""
-    keep_freed_memory()
+    keep_freed_memory(2 ** 21, 2 ** 17)  # kept memory would get gaps: 1.5 times a model's size
     folder = find(str(source))
     try:
         check_device(device)
@@ -389,19 +389,20 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
                         "--dtype bfloat16") from None
     model = Transformer(config, params)
     model.raw, model.folder, model.revision = raw, folder, None if Path(source).is_dir() else folder.name
+    keep_freed_memory(2 ** 30, 2 ** 26)
     count = sum(p.numel() for p in params.values()) / 1e6
     print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
           f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
     return model, tokenizer
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to hold up to 1 GB of freed memory for the next step. Else it goes back to the system after
-    each, and every page is cleared anew: a tenth of the time of finetuning on a CPU."""
+def keep_freed_memory(most: int, block: int) -> None:
+    """Tells glibc to hold up to `most` bytes of freed memory, of blocks below `block` bytes, for what comes
+    next. Else they go back to the system after each step of finetuning, and it clears every page anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:  # and is not macOS
-        mallopt(-1, 2 ** 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2 ** 26)  # M_MMAP_THRESHOLD: larger blocks go back at once, as before
+        mallopt(-1, most)  # M_TRIM_THRESHOLD
+        mallopt(-3, block)  # M_MMAP_THRESHOLD
 
 
 def check_device(device) -> None:
@@ -1102,8 +1103,8 @@ class Classifier:
 
 
 def trainable(model: Transformer, tune: str, rank: int, head_init: str, generator, used) -> dict:
-    """Name -> a tensor that Adam owns: float32 copies, whatever the model's dtype; of the embedding, the rows
-    used."""
+    """Name -> a tensor that Adam owns: float32 copies, whatever the model's dtype; of the embedding, only the
+    rows used (U,)."""
     if tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
         raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and zero "
                          "or normal")
@@ -1137,8 +1138,9 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(sequences), generator=generator).split(batch) for _ in range(epochs)]
     steps = [rows.tolist() for order in orders for rows in order]
-    used, ids = torch.unique(pack(sequences, model.device)[0], return_inverse=True)  # (U,), (all tokens,)
+    used = None
     if tune == "full":  # Adam would leave the other rows of the embedding alone: they never get a gradient
+        used, ids = torch.unique(pack(sequences, model.device)[0], return_inverse=True)  # (U,), (all tokens,)
         sequences = [x.tolist() for x in ids.split([len(s) for s in sequences])]
     trained = trainable(model, tune, rank, head_init, generator, used)
     adam = torch.optim.Adam(trained.values(), lr=lr, betas=(0.9, 0.999), fused=True)
@@ -1236,7 +1238,7 @@ def suspend(path, trained: dict, adam, step: int) -> None:
 
 
 def resume(path, trained: dict, adam) -> int:
-    """Steps done, with weights and Adam's moments put back; 0 without a file or with a damaged one."""
+    """Steps done, with weights and Adam's moments put back; 0 without a whole file of this run."""
     if not path or not Path(path).is_file():
         return 0
     try:
@@ -1244,8 +1246,8 @@ def resume(path, trained: dict, adam) -> int:
             meta, file = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
     except (LoadError, SafetensorError):
         return 0
-    names = {f"{kind}.{name}" for kind in "wmv" for name in trained}
-    if checksum(file) != meta.get("crc32") or set(file) != names:
+    shapes = {f"{kind}.{name}": x.shape for kind in "wmv" for name, x in trained.items()}
+    if checksum(file) != meta.get("crc32") or {name: x.shape for name, x in file.items()} != shapes:
         return 0
     for name, x in trained.items():
         with torch.no_grad():

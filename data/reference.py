@@ -164,7 +164,7 @@ def analysis_block(_: str) -> str:
 
 def smoothing_block(_: str) -> str:
     """Where smoothing helps, where it hurts: label accuracy on D_u with alpha fixed, and with it chosen."""
-    how, middle = "(graph-only)", "(graph-only, middle layer)"
+    how, middle = " (graph-only)", " (graph-only, middle layer)"
     fixed = [title[:-len(how)] for title in kept("sweep-sciq")["analysis"]
              if title.startswith("alpha ") and title.endswith(how)]
     lines = ["| labels of D_u right | graph on | " + " | ".join(fixed) + " | chosen on D_l |",
@@ -172,7 +172,7 @@ def smoothing_block(_: str) -> str:
     for task in TASKS:
         rows, chosen = kept(f"sweep{task.removeprefix('demo')}")["analysis"], kept(task)
         alone = chosen["metrics"]["methods"]["graph-only"]["label_accuracy"]
-        auto = mean_of(rows["alpha auto " + middle], "label_accuracy")
+        auto = mean_of(rows["alpha auto" + middle], "label_accuracy")
         for where, suffix, last in (("chosen layer", how, alone), ("middle layer", middle, auto)):
             cells = [f"{mean_of(rows[title + suffix], 'label_accuracy'):.3f}" for title in fixed]
             lines.append(f"| {task} | {where} | " + " | ".join([*cells, f"{last:.3f}"]) + " |")
