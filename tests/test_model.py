@@ -920,6 +920,9 @@ def test_a_broken_run_goes_on_to_the_same_bits(tune, tiny, tmp_path, monkeypatch
         assert done[0] == (1 if stop == 2 else 2)  # a step is saved after its progress call
     assert same_state(M.finetune(net, **TRAIN, tune=tune, save=tmp_path / "run"), want)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    other = TRAIN | dict(rank=4) if tune == "lora" else TRAIN | dict(sequences=[[1, 2, 3]] * 11)
+    assert same_state(M.finetune(net, **other, tune=tune, save=tmp_path / "run"),
+                      M.finetune(net, **other, tune=tune))  # a file of another run is not taken
 
 
 def test_half_precision_keeps_small_steps(tiny):
