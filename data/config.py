@@ -128,6 +128,7 @@ def parse(argv: list[str] | None = None) -> Config:
             spec["help"] += f" (default: {'default set' if f.name == 'methods' else shown})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **{"type": kind, **spec})
     parser._get_formatter = lambda: formatter("selw2s.py", width=118, max_help_position=24)
+    parser.error = lambda text: parser.exit(2, f"selw2s.py: error: {' '.join(text.split())}\n")  # no usage
     values = vars(parser.parse_args(argv))
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     if "all" in values["methods"]:
