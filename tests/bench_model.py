@@ -144,11 +144,12 @@ def main():
     p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
     p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
     p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
-    p.add_argument("--same-memory", action="store_true", help="let glibc keep memory for transformers as well")
+    p.add_argument("--same-memory", action="store_true", help="let glibc keep memory for transformers too")
     p.add_argument("--cpu-time", action="store_true",
                    help="count CPU seconds, for a machine that others use (one thread)")
     a = p.parse_args()
-    clock, memory = time.process_time if a.cpu_time else time.perf_counter, KEPT if a.same_memory else GLIBC
+    clock = time.process_time if a.cpu_time else time.perf_counter
+    memory = KEPT if a.same_memory else GLIBC
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     for shape in a.shapes:
