@@ -10,7 +10,7 @@ real items of ../shared/data in GPT-2 tokens, or one number for all.
 model.load tells glibc to keep freed memory. transformers runs without that: with glibc's own thresholds at
 the largest they grow to by themselves (--same-memory: with model.load's, in both).
 `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
-given `--peak` (TFLOP/s). About 10 minutes on two idle cores.
+given `--peak` (TFLOP/s). About 15 minutes on two idle cores.
 """
 import argparse
 import copy
@@ -75,7 +75,7 @@ def pad(sequences, device):
 
 
 KEPT = 2 ** 30, 2 ** 26  # as model.load
-GLIBC = 2 ** 26, 2 ** 25  # DEFAULT_MMAP_THRESHOLD_MAX, and twice that to trim; see mallopt(3)
+GLIBC = 2 ** 26, 2 ** 25  # blocks up to DEFAULT_MMAP_THRESHOLD_MAX, and twice that kept: see mallopt(3)
 
 
 class Theirs:
