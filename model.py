@@ -61,19 +61,13 @@ ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
 }
-SPELLINGS = dict(  # every key of config.json that a number may stand under
-    vocab=["vocab_size"], context=["max_position_embeddings", "n_positions"], width=["hidden_size", "n_embd"],
-    layers=["num_hidden_layers", "n_layer", "num_layers"],
-    heads=["num_attention_heads", "n_head", "num_heads"],
-    kv_heads=["num_key_value_heads"], head_dim=["head_dim", "kv_channels"],
-    inner=["intermediate_size", "n_inner", "ffn_dim"], tied=["tie_word_embeddings"],
-    act=["activation_function", "hidden_activation", "hidden_act"],
-    eps=["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"],
-    base=["rope_theta", "rotary_emb_base"], local_base=["rope_local_base_freq"],
-    fraction=["partial_rotary_factor", "rotary_pct"], window=["sliding_window", "window_size"],
-    scale=["query_pre_attn_scalar"], attn_cap=["attn_logit_softcapping"],
-    logit_cap=["final_logit_softcapping"], parallel=["use_parallel_residual"],
-    attention_bias=["attention_bias", "enable_bias"], mlp_bias=["mlp_bias", "enable_bias"])
+KEYS = dict(  # field of Config -> key of config.json, unless a family's row names others (any of several)
+    vocab="vocab_size", context="max_position_embeddings", width="hidden_size", layers="num_hidden_layers",
+    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim",
+    inner="intermediate_size", tied="tie_word_embeddings", act="hidden_act", eps="rms_norm_eps",
+    base="rope_theta", local_base="rope_local_base_freq", fraction="", window="sliding_window",
+    scale="query_pre_attn_scalar", attn_cap="attn_logit_softcapping", logit_cap="final_logit_softcapping",
+    parallel="use_parallel_residual", attention_bias="attention_bias", mlp_bias="mlp_bias")
 WHOLE = "vocab context width layers heads kv_heads head_dim inner window".split()
 LOGICAL = "tied parallel attention_bias mlp_bias use_sliding_window".split()
 NULLABLE = "kv_heads head_dim inner window scale attn_cap logit_cap".split()  # null: none, or from the others
@@ -92,14 +86,19 @@ def but(row: dict, names: dict = {}, numbers: dict = {}, **changes) -> dict:
     return row | changes | dict(names=named, numbers=row["numbers"] | numbers)
 
 
+def keys_of(row: dict, field: str) -> list[str]:
+    return (KEYS | row.get("keys", {}))[field].split()
+
+
 # A row holds: prefix and names of its tensors (several parts: one fused tensor, rows in that order); numbers,
-# the defaults of transformers' configuration class for absent keys; biased, the parts with a bias whatever
-# the config says; must, keys with the one value we support; also, keys read by a lambda or without effect up
-# to `context` tokens; buffers, tensors that are no weights. What neither file nor config shows is a literal
-# with its proof.
+# the defaults of transformers' configuration class for absent keys; keys, where it differs from KEYS; echo,
+# keys that the class does not read: they must say what the field's own key does; biased, the parts with a
+# bias whatever the config says; must, keys with the one value we support; also, keys read by a lambda or
+# without effect up to `context` tokens; buffers, tensors that are no weights. What neither file nor config
+# shows is a literal with its proof.
 LLAMA = dict(
     prefix="model.", buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    must=dict(rope_interleaved=False),
+    must=dict(rope_interleaved=False), echo=dict(partial_rotary_factor="fraction"),
     names={"embed": "embed_tokens", "norm": "norm", "head": "lm_head", "norm1": "layers.{}.input_layernorm",
            "q": "layers.{}.self_attn.q_proj", "k": "layers.{}.self_attn.k_proj",
            "v": "layers.{}.self_attn.v_proj", "o": "layers.{}.self_attn.o_proj",
@@ -110,38 +109,44 @@ LLAMA = dict(
                  attention_bias=False, mlp_bias=False))
 QK_NORM = {"q_norm": "layers.{}.self_attn.q_norm", "k_norm": "layers.{}.self_attn.k_norm"}
 POST_NORMS = {"post1": "layers.{}.post_attention_layernorm", "post2": "layers.{}.post_feedforward_layernorm"}
-MISTRAL = but(LLAMA, numbers=dict(context=131072, kv_heads=8, inner=14336, window=4096),
+UNBIASED = dict(attention_bias=False, mlp_bias=False)  # not read by these classes: false is harmless
+MISTRAL = but(LLAMA, numbers=dict(context=131072, kv_heads=8, inner=14336, window=4096), must=UNBIASED,
               slides=lambda i, raw: True)
 QWEN2 = but(
     LLAMA, numbers=dict(vocab=151936, context=32768, kv_heads=32, inner=22016, window=4096),
     biased="q k v",  # Qwen2Attention: bias=True for q, k, v and False for o; no key says so
     slides=lambda i, raw: i >= raw.get("max_window_layers", 28),  # and none at all without use_sliding_window
-    also="use_sliding_window max_window_layers", must=dict(use_mrope=False))
-QWEN3 = but(QWEN2, names=QK_NORM, numbers=dict(head_dim=128), biased="")
+    also="use_sliding_window max_window_layers layer_types", must=dict(use_mrope=False, **UNBIASED))
+QWEN3 = but(QWEN2, names=QK_NORM, numbers=dict(head_dim=128), biased="",
+            must=dict(use_mrope=False, mlp_bias=False))
 OLMO2 = but(
     LLAMA, names=QK_NORM | POST_NORMS | {"norm1": None, "norm2": None}, numbers=dict(vocab=50304, eps=1e-5),
-    wide_qk_norm=True)  # Olmo2Attention: q_norm and k_norm over all heads together
+    must=dict(mlp_bias=False), wide_qk_norm=True)  # Olmo2Attention: q_norm and k_norm over all heads together
 PHI3 = but(
     LLAMA, names={"q": None, "k": None, "v": None, "q k v": "layers.{}.self_attn.qkv_proj",
                   "gate": None, "up": None, "gate up": "layers.{}.mlp.gate_up_proj"},
     numbers=dict(vocab=32064, context=4096, width=3072, inner=8192, eps=1e-5, window=None),
+    keys=dict(fraction="partial_rotary_factor"), echo={}, must=UNBIASED,
     slides=lambda i, raw: True, also="original_max_position_embeddings")
 GEMMA = but(
     LLAMA, numbers=dict(vocab=256000, context=8192, width=3072, layers=28, heads=16, kv_heads=16,
                         head_dim=256, inner=24576, act="gelu_pytorch_tanh", tied=True),
-    must=dict(use_bidirectional_attention=False),
+    must=dict(use_bidirectional_attention=False, mlp_bias=False),
+    echo=dict(partial_rotary_factor="fraction", hidden_activation="act"),
     plus_one=True,     # GemmaRMSNorm multiplies by 1 + weight, in float32
     embed_scale=True,  # GemmaModel: embeddings times sqrt(width), a factor rounded to the activations' dtype
     act_means={"gelu": "gelu_pytorch_tanh"})  # early files say gelu, mean tanh: transformers #29402
 GEMMA2 = but(
     GEMMA, names=POST_NORMS | {"norm2": "layers.{}.pre_feedforward_layernorm"},
     numbers=dict(width=2304, layers=26, heads=8, kv_heads=4, inner=9216, scale=256, attn_cap=50.0,
-                 logit_cap=30.0, window=4096), slides=lambda i, raw: i % 2 == 0)
+                 logit_cap=30.0, window=4096),
+    keys=dict(act="hidden_activation"), echo=dict(partial_rotary_factor="fraction", hidden_act="act"),
+    act_means={}, slides=lambda i, raw: i % 2 == 0, also="layer_types")
 GEMMA3 = but(
     GEMMA2, names=QK_NORM, numbers=dict(vocab=262208, context=131072, logit_cap=None, base=1e6,
                                         local_base=1e4),  # blocks with a window turn at a base of their own
     slides=lambda i, raw: (i + 1) % (raw.get("sliding_window_pattern") or 6) > 0,
-    also="sliding_window_pattern _sliding_window_pattern")
+    also="layer_types sliding_window_pattern _sliding_window_pattern")
 del GEMMA3["numbers"]["attn_cap"]  # Gemma3Attention takes no cap: a config that sets one is refused
 GPT2 = dict(
     prefix="transformer.", buffers=r"h\.\d+\.attn\.(masked_)?bias", layer_norm=True, biased="q k v o up down",
@@ -150,6 +155,9 @@ GPT2 = dict(
            "down": "h.{}.mlp.c_proj"},
     numbers=dict(vocab=50257, context=1024, width=768, layers=12, heads=12, inner=None, act="gelu_new",
                  eps=1e-5, tied=True),
+    keys=dict(width="n_embd hidden_size", layers="n_layer num_hidden_layers", inner="n_inner",
+              heads="n_head num_attention_heads", context="n_positions max_position_embeddings",
+              act="activation_function", eps="layer_norm_epsilon"),
     must=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
     transposed=True)  # Conv1D keeps its matrices (in, out)
 GPT_NEO = but(
@@ -157,6 +165,8 @@ GPT_NEO = but(
                  "v": "h.{}.attn.attention.v_proj", "o": "h.{}.attn.attention.out_proj"},
     buffers=r"h\.\d+\.attn\.attention\.(masked_)?bias", biased="o up down", transposed=False,
     numbers=dict(context=2048, width=2048, layers=24, heads=16, window=256),
+    keys=dict(layers="num_layers num_hidden_layers", heads="num_heads num_attention_heads",
+              act="activation_function", eps="layer_norm_epsilon", window="window_size"),
     kinds=lambda raw: raw.get("attention_layers") or [kind for kinds, times in raw.get(
         "attention_types", [[["global", "local"], 12]]) for kind in kinds * min(times, MOST_LAYERS)],
     also="attention_types attention_layers", must={},
@@ -166,7 +176,9 @@ QWEN = but(  # first generation: QWenAttention and QWenMLP in the repositories' 
     buffers=r"(h\.\d+\.attn\.)?rotary_emb\.inv_freq", biased="q k v", layer_norm=False, transposed=False,
     numbers=dict(vocab=151936, width=4096, layers=32, heads=32, head_dim=128, inner=22016, act="silu",
                  eps=1e-6, tied=False, context=8192, base=1e4, fraction=1.0),
-    context_key="seq_length",  # up to here logn attention and dynamic NTK are the identity; we take no more
+    keys=dict(head_dim="kv_channels", eps="layer_norm_epsilon", base="rotary_emb_base", fraction="rotary_pct",
+              act="",  # QWenMLP: silu, no key says so
+              context="seq_length"),  # up to here logn attention and dynamic NTK are the identity: no more
     also="max_position_embeddings use_logn_attn use_dynamic_ntk use_flash_attn bf16 fp16 fp32 onnx_safe "
          "softmax_in_fp32",
     must=dict(no_bias=True, scale_attn_weights=True, use_cache_quantization=False, use_cache_kernel=False),
@@ -179,6 +191,8 @@ GPT_NEOX = but(
            "up": "layers.{}.mlp.dense_h_to_4h", "down": "layers.{}.mlp.dense_4h_to_h"},
     numbers=dict(vocab=50432, context=2048, width=6144, layers=44, heads=64, inner=24576, act="gelu",
                  tied=False, base=1e4, fraction=0.25, parallel=True, attention_bias=True),
+    keys=dict(eps="layer_norm_eps", base="rotary_emb_base", fraction="rotary_pct"),
+    echo=dict(rope_theta="base", partial_rotary_factor="fraction"),  # some versions of transformers add them
     biased="up down", must={}, transposed=False,
     per_head=True)  # GPTNeoXAttention views fused rows as (H, 3 D) before it splits: (H, 3, D), not (3, H, D)
 OPT = but(
@@ -189,6 +203,8 @@ OPT = but(
            "o": "layers.{}.self_attn.out_proj", "norm2": "layers.{}.final_layer_norm", "up": "layers.{}.fc1",
            "down": "layers.{}.fc2"},
     numbers=dict(vocab=50272, context=2048, inner=3072, act="relu", attention_bias=True, mlp_bias=True),
+    keys=dict(inner="ffn_dim", act="activation_function", attention_bias="enable_bias",
+              mlp_bias="enable_bias", eps=""),  # OPTDecoderLayer: LayerNorm's own default
     biased="", also="word_embed_proj_dim", transposed=False,
     must=dict(do_layer_norm_before=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
     pos_offset=2)  # OPTLearnedPositionalEmbedding: two rows stand before that of position 0
@@ -243,7 +259,7 @@ def resolve(raw: dict, row: dict) -> dict:
     """The fields of Config but the family."""
     n, known = dict(row["numbers"]), set(row.get("also", "").split())
     for field in n:
-        keys = [row["context_key"]] if field == "context" and "context_key" in row else SPELLINGS[field]
+        keys = keys_of(row, field)
         given = {key: raw[key] for key in keys if key in raw and (raw[key] is not None or field != "act")}
         for key, value in given.items():
             check_value(key, value, field)
@@ -253,6 +269,11 @@ def resolve(raw: dict, row: dict) -> dict:
             raise LoadError(f"config.json: {' and '.join(given)} disagree")
         n[field] = next(iter(given.values()), n[field])
         known |= set(keys)
+    for key, field in row.get("echo", {}).items():
+        if raw.get(key) not in (None, n[field]):
+            raise LoadError(f"config.json: {key} = {raw[key]!r:.40} is not read by this family, where it is "
+                            f"{n[field]!r}: make them agree")
+        known.add(key)
     check_keys(raw, row, known)
     if n["act"] not in ACTIVATIONS:
         raise LoadError(f"config.json: activation {n['act']!r} is not supported, only "
@@ -268,8 +289,9 @@ def resolve(raw: dict, row: dict) -> dict:
     n["biased"] = frozenset((biased + " gate up down" * n.pop("mlp_bias", False)).split())
     n["windows"] = windows(raw, row, n["layers"], n.pop("window", None))
     base, local, fraction = n.pop("base", None), n.pop("local_base", None), n.pop("fraction", None)
-    n["rope"] = rotary(raw, "full_attention", base, fraction, n["head_dim"]) if base else None
-    n["local_rope"] = rotary(raw, "sliding_attention", local, fraction, n["head_dim"]) if local else n["rope"]
+    n["rope"] = rotary(raw, row, "full_attention", base, fraction, n["head_dim"]) if base else None
+    n["local_rope"] = n["rope"] if not local else rotary(raw, row, "sliding_attention", local, fraction,
+                                                         n["head_dim"])
     return n
 
 
@@ -291,9 +313,8 @@ def check_value(key: str, value, field: str = "") -> None:
 
 def check_keys(raw: dict, row: dict, known: set) -> None:
     known |= {"rope_scaling", "rope_parameters"} if "base" in row["numbers"] else set()
-    known |= {"layer_types"} if "slides" in row else set()
     for key, value in raw.items():
-        if value is None or key in known or INERT_KEYS.fullmatch(key):
+        if value is None or key not in row["must"] and (key in known or INERT_KEYS.fullmatch(key)):
             continue
         if key not in row["must"]:
             raise LoadError(f"config.json: unknown key {key!r} (= {value!r:.60}): it may change the model")
@@ -305,7 +326,7 @@ def windows(raw: dict, row: dict, layers: int, width: int | None) -> tuple:
     """Per block its sliding window or None."""
     key, names = ("attention_types", ["global", "local"]) if "kinds" in row else (
         "layer_types", ["full_attention", "sliding_attention"])
-    kinds = row["kinds"](raw) if "kinds" in row else raw.get(key)
+    kinds = row["kinds"](raw) if "kinds" in row else raw.get(key) if key in row.get("also", "") else None
     if kinds and (not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - set(names)):
         raise LoadError(f"config.json: {key} must give {layers} x {' or '.join(names)}")
     on = raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", ""))
@@ -316,12 +337,19 @@ def windows(raw: dict, row: dict, layers: int, width: int | None) -> tuple:
                  for i in range(layers))
 
 
-def rotary(raw: dict, kind: str, base: float, fraction: float, head_dim: int) -> tuple:
+def rotary(raw: dict, row: dict, kind: str, base: float, fraction: float, head_dim: int) -> tuple:
     """(base, rotated channels, scaling), from rope_parameters as transformers 5 writes it or from
     rope_scaling, which is for the blocks without a window."""
     p = raw.get("rope_parameters") or {"full_attention": raw.get("rope_scaling")}
-    p = dict((p.get(kind) or {}) if p.keys() & {"full_attention", "sliding_attention"} else p)
-    base, fraction = p.pop("rope_theta", base), p.pop("partial_rotary_factor", fraction)
+    by_kind = p.keys() & {"full_attention", "sliding_attention"}
+    if raw.get("rope_scaling") and raw["rope_scaling"] not in (p, p.get("full_attention")):
+        raise LoadError("config.json: rope_scaling and rope_parameters disagree")
+    if "local_base" in row["numbers"] and not by_kind:
+        raise LoadError("config.json: rope_parameters must have full_attention and sliding_attention")
+    p = dict((p.get(kind) or {}) if by_kind else p)
+    base = p.pop("rope_theta", base)
+    if keys_of(row, "fraction"):
+        fraction = p.pop("partial_rotary_factor", fraction)
     check_value("rope_theta", base)
     check_value("partial_rotary_factor", fraction)
     scaling, _ = p.pop("rope_type", p.get("type", "default")), p.pop("type", None)
@@ -363,7 +391,8 @@ def tensors(c: Config):
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-          "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken"]
+          "vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json"]
 
 
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
@@ -509,6 +538,8 @@ def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[
         for name, piece in zip(names, x.split([shape[0] for shape in shapes])):
             kind = torch.float32 if is_norm(name) else dtype
             params[name] = piece.to(device, kind, copy=True).contiguous()
+            if kind == torch.float16 and not params[name].isfinite().all():
+                raise LoadError(f"tensor {source} does not fit into float16: choose bfloat16 or float32")
             if is_norm(name) and row.get("plus_one"):
                 params[name] += 1
     head = row["names"]["head"] + ".weight"
@@ -810,6 +841,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
         self.folder = folder
         try:
+            settings = read_settings(folder)
+            qwen = family.startswith("qwen") or str(settings.get("tokenizer_class")).startswith("Qwen")
             if (folder / "tokenizer.json").is_file():
                 self.backend = Backend.from_file(str(folder / "tokenizer.json"))
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -818,13 +851,16 @@ class Tokenizer:
                 if odd := [n for n, pair in enumerate(merges, 1) if pair and len(pair) != 2]:
                     raise LoadError(f"merges.txt:{odd[0]}: not two tokens with a space between them")
                 merges = [pair for pair in merges if pair]
-                self.backend = byte_level(read_json(folder / "vocab.json"), merges, family.startswith("qwen"))
-                add_special(self.backend, folder)
+                self.backend = byte_level(read_json(folder / "vocab.json"), merges, qwen)
+                add_special(self.backend, settings, qwen)
             elif (folder / "qwen.tiktoken").is_file():
                 self.backend = byte_level(*from_ranks(folder / "qwen.tiktoken"), True)
                 self.backend.add_special_tokens(QWEN_SPECIAL)
             else:
                 raise LoadError("no tokenizer.json there, nor vocab.json with merges.txt, nor qwen.tiktoken")
+            cut = self.backend.pre_tokenizer
+            if settings.get("add_prefix_space") and cut and b'"add_prefix_space":false' in cut.__getstate__():
+                raise LoadError("tokenizer_config.json asks for add_prefix_space, tokenizer.json does not")
             self.backend.no_padding()
             self.backend.no_truncation()  # GPT-2's own file says 50 tokens
             around = self.backend.encode("").ids  # what is put around a text need not be in the vocabulary
@@ -872,22 +908,41 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], qwen: bool)
     return backend
 
 
-def add_special(backend, folder: Path) -> None:
-    """Special tokens and BOS of tokenizer_config.json: vocab.json and merges.txt do not tell them."""
+def read_settings(folder: Path) -> dict:
+    """tokenizer_config.json, with what older files tell beside it where it has no added_tokens_decoder."""
+    read = {name: read_json(folder / name) if (folder / name).is_file() else {} for name in WANTED[-3:]}
+    settings, special, added = read.values()
+    if "added_tokens_decoder" not in settings:
+        settings |= special | dict(added_tokens_decoder={
+            place: dict(content=token, special=token in special.values()) for token, place in added.items()})
+    return settings
+
+
+def add_special(backend, settings: dict, qwen: bool) -> None:
+    """Special tokens, BOS and EOS, with the defaults of transformers' GPT2Tokenizer and Qwen2Tokenizer."""
     from tokenizers import AddedToken, processors
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+
+    def made(token):
+        return AddedToken(**{k: v for k, v in token.items() if k != "__type"})
     added = settings.get("added_tokens_decoder") or {}
     for place, token in sorted(added.items(), key=lambda item: int(item[0])):
-        backend.add_tokens([AddedToken(**{k: v for k, v in token.items() if k != "__type"})])
+        backend.add_tokens([made(token)])
         if backend.token_to_id(token["content"]) != int(place):
-            raise LoadError(f"{path.name} gives {token['content']!r} the id {place}, vocab.json another")
-    bos, *others = [token["content"] if isinstance(token, dict) else token for token in (
-        settings.get("bos_token"), settings.get("eos_token", "<|endoftext|>"), settings.get("unk_token"))]
-    backend.add_special_tokens([token for token in (bos, *others) if token])
-    if settings.get("add_bos_token") and bos:
+            raise LoadError(f"tokenizer_config.json gives {token['content']!r} the id {place}, vocab.json "
+                            "another")
+    default = dict.fromkeys(("eos_token", "unk_token", "pad_token" if qwen else "bos_token"), "<|endoftext|>")
+    named = {key: settings.get(key, default.get(key)) for key in (
+        "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")}
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    for token in filter(None, [*named.values(), *(more.values() if isinstance(more, dict) else more)]):
+        backend.add_special_tokens([made(token) if isinstance(token, dict) else token])
+    ends = {key: token["content"] if isinstance(token, dict) else token for key, token in named.items()}
+    bos = ends["bos_token"] if settings.get("add_bos_token") else None
+    eos = ends["eos_token"] if settings.get("add_eos_token") else None
+    if bos or eos:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+            single=[*filter(None, (bos, "$A", eos))],
+            special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} - {None}])
 
 
 def byte_letters() -> dict[int, str]:
@@ -1086,14 +1141,17 @@ class Classifier:
 
     def save(self, folder: str) -> None:
         """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has
-        one."""
+        one. FileExistsError for the pretrained model's own folder and for one with a sharded model."""
+        if Path(folder).resolve() == self.model.folder.resolve() or any(Path(folder).glob("*.index.json")):
+            raise FileExistsError(f"{folder}: holds another model")
         params = dict(self.model.params)
         for stem in [name.removesuffix(".lora_a") for name in params if name.endswith(".lora_a")]:
             delta = params[stem + ".lora_b"].float() @ params[stem + ".lora_a"].float()
             params[stem + ".weight"] = (params[stem + ".weight"].float() + delta).to(self.model.dtype)
         files = export(self.model.config, params) | {"score.weight": params["classifier.weight"].cpu()}
-        raw = {k: v for k, v in self.model.raw.items() if k not in ("architectures", "auto_map")}
-        raw["id2label"] = {"0": "no", "1": "yes"}
+        stale = "architectures", "auto_map", "num_labels", "label2id", "torch_dtype"
+        raw = {k: v for k, v in self.model.raw.items() if k not in stale}
+        raw |= dict(id2label={"0": "no", "1": "yes"}, dtype=str(self.model.dtype).removeprefix("torch."))
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(files, Path(folder) / "model.safetensors", {"format": "pt"})
         (Path(folder) / "config.json").write_text(json.dumps(raw, indent=1))
@@ -1220,9 +1278,9 @@ def gradients(logits: Callable, rows: list[int], lengths: list[int], w, target_f
     return total
 
 
-def checksum(file: dict[str, torch.Tensor]) -> str:
-    """CRC-32 of all bytes, in the order of the names."""
-    crc = 0
+def checksum(file: dict[str, torch.Tensor], step: str) -> str:
+    """CRC-32 of the step and all tensors' bytes, in the order of the names."""
+    crc = zlib.crc32(step.encode())
     for _, x in sorted(file.items()):
         crc = zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
     return str(crc)
@@ -1233,21 +1291,22 @@ def suspend(path, trained: dict, adam, step: int) -> None:
     file = {"w." + name: x.detach() for name, x in trained.items()}
     for name, x in trained.items():
         file |= {"m." + name: adam.state[x]["exp_avg"], "v." + name: adam.state[x]["exp_avg_sq"]}
-    save_file(file, f"{path}.{os.getpid()}", {"step": str(step), "crc32": checksum(file)})
+    save_file(file, f"{path}.{os.getpid()}", {"step": str(step), "crc32": checksum(file, str(step))})
     os.replace(f"{path}.{os.getpid()}", path)
 
 
 def resume(path, trained: dict, adam) -> int:
-    """Steps done, with weights and Adam's moments put back; 0 without a whole file of this run."""
+    """Steps done, with weights and Adam's moments put back; 0 without a whole file of these tensors."""
     if not path or not Path(path).is_file():
         return 0
     try:
         with open_tensors(Path(path)) as stored:
-            meta, file = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
+            meta, file = stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}
     except (LoadError, SafetensorError):
         return 0
     shapes = {f"{kind}.{name}": x.shape for kind in "wmv" for name, x in trained.items()}
-    if checksum(file) != meta.get("crc32") or {name: x.shape for name, x in file.items()} != shapes:
+    whole = checksum(file, meta.get("step", "")) == meta.get("crc32")
+    if not whole or {name: x.shape for name, x in file.items()} != shapes:
         return 0
     for name, x in trained.items():
         with torch.no_grad():

@@ -90,9 +90,12 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
     def compute(unfinished):
         student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name),
                            save=unfinished, **settings)
-        state = student.state()
+        state, p = student.state(), student.predict(ask)
+        if not p.isfinite().all():
+            raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
+                             f"{side.lr}): lower it")
         weights = bytes.fromhex(digest(*(state[key] for key in sorted(state))))
-        return {"p": student.predict(ask), "weights": torch.tensor(list(weights), dtype=torch.uint8),
+        return {"p": p, "weights": torch.tensor(list(weights), dtype=torch.uint8),
                 **({"state." + key: x.cpu() for key, x in state.items()} if kept else {})}
     kept = name == config.keep
     depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask, kept)
@@ -222,15 +225,18 @@ def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: S
     picked = np.random.default_rng(seed).choice(n_l, config.shots, replace=False)
     shots = [(labelled[i], question[labelled[i].question_id]) for i in picked]
     asked = [question[row.question_id] for row in rows]
-    said = elicit(config, strong, rows, asked, shots, stages, tell)
-    gold = answers(config, labelled, asked)
     in_prompt = {q.group for _, q in shots}
     usable = torch.tensor([q.group not in in_prompt for q in asked[:n_l]])
+    group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
+    fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
+    if len(fold[usable].unique()) < 2:
+        raise DataError(f"D_l less the groups of --shots {config.shots} examples is too small to cross-fit "
+                        "P(IK); give fewer examples, or more questions, in more groups")
+    said = elicit(config, strong, rows, asked, shots, stages, tell)
+    gold = answers(config, labelled, asked)
     right = (said.belief[:n_l].argmax(1) == gold)[usable].double().mean()
     tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions "
          f"(one pass over {len(rows):,} questions)")
-    group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
-    fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
     return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, half,
                     supervisor["p"], hexed(supervisor), said.own, said.belief, gold, said.prompt, said.item,
                     fold, usable)
@@ -399,10 +405,9 @@ def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tenso
     the best of many noisy candidates looks better than it is."""
     parts = [(half == h).nonzero()[:, 0] for h in half.unique()]
     alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
-    ks = (5, 10, 20, 50) if config.k == "auto" else (config.k,)
     least = min(map(len, parts))
-    ks = tuple(k for k in ks if k < least) or (least - 1,)
-    if rows.sum() < 2:      # nothing to choose by
+    ks = tuple(k for k in (5, 10, 20, 50) if k < max(least, 6)) if config.k == "auto" else (config.k,)
+    if rows.sum() < 2 or least < 2:     # nothing to choose by
         return Smoothing(0, 0.0 if config.alpha == "auto" else alphas[0], ks[0], None, None)
     right = ((prior > 0.5) == (truth > 0.5))[rows].double()
     best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))

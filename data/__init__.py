@@ -135,10 +135,11 @@ def halves(items: list[Item], questions: list[Question], *, protocol: str, seed:
 def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) -> tuple[Task, dict]:
     """The task as all models can read it, and counts: questions left out, contexts cut.
 
-    A context is cut at its end, by words, until no text of its question has more than `room` tokens of any
-    encoder (texts -> token ids): one text for all models, no item dropped (the public code drops, in test
-    too) [D11]. apart: training questions that test asks, or whose passage it has, are left out. limit: at
-    most so many questions a part. DataError for a question that is too long without its context."""
+    A context is cut at its end, by words (by characters where it has no spaces), until no text of its
+    question has more than `room` tokens of any encoder (texts -> token ids): one text for all models, no item
+    dropped (the public code drops, in test too) [D11]. apart: training questions that test asks, or whose
+    passage it has, are left out. limit: at most so many questions a part. DataError for a question that is
+    too long without its context."""
     def excess(q):
         texts = [prompt(q) + completion(q, i) for i in range(len(q.options))]
         return max((len(ids) for encode in encoders for ids in encode(texts)), default=0) - room
@@ -147,14 +148,16 @@ def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) 
         most = len(prompt(q).encode()) + max(len(o.encode()) for o in q.options) + 64   # a token has a byte
         if most <= room or (over := excess(q)) <= 0:
             return q
-        words = q.context.split(" ")
-        while over > 0:
-            words = words[:-max(1, len(words) * over // (2 * (over + room)))]
-            if not words:
-                raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
-                                "even without its context: shorten it")
-            q = q._replace(context=" ".join(words))                             # cut, never dropped [D11]
+        pieces, between = q.context.split(" "), " "
+        while over > 0 and q.context:
+            if len(pieces) == 1:                        # what is left has no spaces: by characters
+                pieces, between = list(q.context), ""
+            pieces = pieces[:-max(1, len(pieces) * over // (2 * (over + room)))]
+            q = q._replace(context=between.join(pieces))                        # cut, never dropped [D11]
             over = excess(q)
+        if over > 0:
+            raise DataError(f"question {q.id} is {over} tokens over the models' {room} "
+                            "even without its context: shorten it")
         return q
     seen = {q.group for q in task.test} if apart else ()
     train = [q for q in task.train if q.group not in seen]

@@ -29,8 +29,8 @@ def cross_task(method, config, tasks: dict, weak, strong, stages, tell) -> dict:
     """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}."""
     out = {}
     for seed in config.seeds:
-        prepared = {name: method.prepare(config, task, weak, strong, seed, stages, tell)
-                    for name, task in tasks.items()}
+        prepared = {name: method.prepare(config if name == config.task else replace(config, keep=""), task,
+                                         weak, strong, seed, stages, tell) for name, task in tasks.items()}
         known = {name: method.know(config, prep) for name, prep in prepared.items()}
         for (a, of_a), (b, prep) in product(known.items(), prepared.items()):
             p_ik = of_a.p_ik if a == b else of_a.probe.predict(prep.prompt[:, of_a.layer]).float()
@@ -50,7 +50,8 @@ def difficulty(method, config, tasks: dict, weak, strong, stages, tell) -> dict:
         guess, gold = torch.cat([prep.cross, prep.weak]), method.answers(config, prep.rows, prep.questions)
         p_gold = {"weak": torch.where(truth > 0.5, guess, 1 - guess),
                   "strong": prep.belief.gather(1, gold[:, None])[:, 0]}[config.difficulty]
-        easy = {part: x > x.median() for part, x in (("L", p_gold[:prep.n_l]), ("U", p_gold[U]))}
+        easy = {part: x.argsort(stable=True).argsort() >= (len(x) + 1) // 2    # by rank: p may be 1 for most
+                for part, x in (("L", p_gold[:prep.n_l]), ("U", p_gold[U]))}
         right = method.judged_right(config, prep)[U]
         for name, rows in (("all", None), ("easy", easy["L"]), ("hard", ~easy["L"])):
             p_ik = method.know(config, prep, rows).p_ik

@@ -16,8 +16,8 @@ EXAMPLES = """examples:
 """
 
 
-def number_or_auto(text: str):
-    """'auto', an int or a float: the value of --tau, --alpha, --k and --lr."""
+def number(text: str):
+    """'auto', an int or a float: the value of --tau, --alpha, --k and --lr. argparse shows its name."""
     return text if text == "auto" else float(text) if any(c in text for c in ".einf") else int(text)
 
 
@@ -77,9 +77,9 @@ LIMITS = {  # flag: can its value be used (NaN compares false), what it must be
     "k": (lambda x: type(x) is int and x > 0, "a whole number from 1"),
     "gamma": (lambda x: 0 <= x < 1e9, "a number from 0"),
     "lr": (lambda x: 0 < x < float("inf"), "a positive number"),
-    "epochs": (lambda x: x > 0, "1 or more"), "batch": (lambda x: x > 0, "1 or more"),
-    "shots": (lambda x: x >= 0, "0 or more"), "limit": (lambda x: x >= 0, "0 or more"),
-    "seeds": (lambda x: all(0 <= s < 2 ** 63 for s in x) and len(set(x)) == len(x),
+    **dict.fromkeys(("epochs", "batch"), (lambda x: 0 < x < 2 ** 31, "a whole number from 1 to 2147483647")),
+    **dict.fromkeys(("shots", "limit"), (lambda x: 0 <= x < 2 ** 31, "a whole number from 0 to 2147483647")),
+    "seeds": (lambda x: x and all(0 <= s < 2 ** 63 for s in x) and len(set(x)) == len(x),
               "different numbers from 0")}
 
 
@@ -99,6 +99,8 @@ def problem(config: Config) -> str:
             fine = False
         if not fine:
             return f"--{f.name.replace('_', '-')} {value!r:.40}: must be {need or f.type}"
+    if "weak" not in config.methods:
+        return "--methods: weak must be among them"
     if config.keep and config.keep not in config.methods:
         return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
     return ""
@@ -122,7 +124,7 @@ def parse(argv: list[str] | None = None) -> Config:
                     "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
     for f in fields(Config):
         spec = dict(f.metadata)
-        kind = {"int": int, "float": float, "object": number_or_auto}.get(f.type, str)
+        kind = {"int": int, "float": float, "object": number}.get(f.type, str)
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if shown not in ("", 0):
             spec["help"] += f" (default: {'default set' if f.name == 'methods' else shown})"

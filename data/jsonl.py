@@ -93,7 +93,7 @@ def read(path: str) -> Task:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{n}: {error}") from None
         tie = key("passage", question.context) if question.context else key("question", question.question)
-        rows.append((question, ["group " + question.group if question.group else tie]))
+        rows.append((question, [tie] + ["group " + question.group] * bool(question.group)))
     questions = grouped(rows)
     if None in splits:
         sizes, left, side = Counter(q.group for q in questions), len(questions) / 5, {}

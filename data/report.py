@@ -91,12 +91,13 @@ def bootstrap(right: np.ndarray, group: np.ndarray, draws: int = 2000, seed: int
 
 def sign_flip(differences: list[float]) -> float:
     """Two-sided sign-flip p-value of per-seed differences; with S seeds it cannot go below 2 / 2^S. Exact up
-    to 16 seeds, beyond by 2^16 random flips."""
-    d = np.asarray(differences)
-    rng = np.random.default_rng(0)
-    flips = np.arange(2 ** len(d)) if len(d) <= 16 else rng.integers(2 ** 62, size=2 ** 16)
-    sums = (1 - 2 * (flips[:, None] >> np.arange(len(d)) & 1)) @ d
-    return float((np.abs(sums) >= abs(d.sum()) - 1e-12).mean())
+    to 16 seeds, beyond by 2^16 random flips, to which the one observed counts."""
+    d, least = np.asarray(differences), abs(sum(differences)) - 1e-12
+    if len(d) <= 16:
+        signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)
+        return float((np.abs(signs @ d) >= least).mean())
+    signs = np.random.default_rng(0).choice((-1, 1), (2 ** 16, len(d)))
+    return float(((np.abs(signs @ d) >= least).sum() + 1) / (2 ** 16 + 1))
 
 
 def diagnose(run: dict, methods) -> dict:
@@ -164,10 +165,10 @@ def summarise(runs: list[dict], methods) -> dict:
         gap = draws[:, at["ceiling"]] - draws[:, at["weak"]]
         defined = mean[at["ceiling"]] - mean[at["weak"]] > 2 * gap.std()
     for m, i in at.items():
-        n = runs[0]["n"]
         row = {"accuracy": float(mean[i]), "ci95": interval(draws[:, i]), "per_seed": per_seed[i].tolist(),
-               "ground_truth_labels": runs[0]["truth_used"].get(m, n["labelled"]), "pgr": None,
-               "pgr_ci95": None, "attainable": m != "oracle", "weights": [r["weights"][m] for r in runs]}
+               "ground_truth_labels": max(r["truth_used"].get(m, r["n"]["labelled"]) for r in runs),
+               "pgr": None, "pgr_ci95": None, "attainable": m != "oracle",
+               "weights": [r["weights"][m] for r in runs]}
         labels = [accuracy(*map(torch.as_tensor, (r["transfer"][f"label/{m}"], r["transfer"]["truth"])))
                   for r in runs if f"label/{m}" in r["transfer"]]
         row["label_accuracy"] = float(np.mean(labels)) if labels else None
@@ -270,14 +271,15 @@ def rerun(config: Config, run) -> None:
         recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
         fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
         again = Config(**recorded | {"out": fresh, "data_dir": config.data_dir or recorded["data_dir"]})
-        methods, before = old["metrics"]["methods"], {part: old[part] for part in INPUTS}
+        methods, before = dict(old["metrics"]["methods"].items()), {part: old[part] for part in INPUTS}
         if line := problem(again):
             raise ValueError(line)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
     new = json.loads(json.dumps(run(again)))
     moved = [part for part in INPUTS if before[part] != new[part]]
-    differ = [name for name, row in methods.items() if row != new["metrics"]["methods"].get(name)]
+    after = new["metrics"]["methods"]
+    differ = [name for name in after | methods if methods.get(name) != after.get(name)]
     differ += ["the analysis"] * (old["analysis"] != new["analysis"])
     if differ:
         raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "

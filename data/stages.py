@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class Stages:
             try:
                 tensors = load_file(path)
                 record = json.loads(bytes(tensors.pop("record").tolist()))
-                if record.pop("sha256") != digest(*(tensors[key] for key in sorted(tensors))):
+                if record.pop("sha256") != digest(*chain(*sorted(tensors.items()))):
                     raise SafetensorError("its checksum differs")
                 self.log.append({"name": name, "cached": True, "key": path.stem[-12:], **record})
                 return tensors
@@ -70,7 +71,7 @@ class Stages:
         if "tokens" in work:
             record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
         self.log.append({"name": name, "cached": False, "key": path.stem[-12:], **record})
-        record["sha256"] = digest(*(tensors[key] for key in sorted(tensors)))
+        record["sha256"] = digest(*chain(*sorted(tensors.items())))
         blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:

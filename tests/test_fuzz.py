@@ -39,7 +39,8 @@ def checkpoint(family: str) -> dict[str, bytes]:
 
     import model as M
     row = M.FAMILIES[family]
-    raw = {"model_type": family} | {M.SPELLINGS[f][0]: x for f, x in SMALL.items() if f in row["numbers"]}
+    raw = {"model_type": family} | {M.keys_of(row, f)[0]: x for f, x in SMALL.items()
+                                   if f in row["numbers"] and M.keys_of(row, f)}
     if family == "qwen":
         raw |= {"seq_length": 64, "vocab_size": 512}
     if family == "gpt_neo":
@@ -321,8 +322,9 @@ VALUES = [True, False, None, 0, 1, 2, 4, 8, 64, 300, 0.5, 1.0, 1e-5, 1e4, "silu"
 def known_keys(family: str) -> list[str]:
     import model as M
     row = M.FAMILIES[family]
-    return [key for field in row["numbers"] for key in M.SPELLINGS[field]] + row.get("also", "").split() + [
-        "rope_scaling", "rope_parameters", "layer_types", *row["must"]]
+    keys = [key for field in row["numbers"] for key in M.keys_of(row, field)]
+    return keys + row.get("also", "").split() + [
+        "rope_scaling", "rope_parameters", *row["must"], *row.get("echo", {})]
 
 
 def damage(rng: random.Random, kind: str, base: dict) -> tuple[dict[str, bytes], str]:

@@ -14,6 +14,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -405,7 +406,7 @@ REFUSED = {"bigscience__bloom-560m": "model_type 'bloom'",
            "microsoft__phi-1": "model_type 'phi'",
            "OpenAssistant__oasst-rm-pythia-1.4b": "model_type 'gpt_neox_reward_model'",
            "gpt2_gptq-4bit_variant": "quantised",
-           "hf-internal-testing__tiny-random-gpt2": "intermediate_size and n_inner disagree"}
+           "hf-internal-testing__tiny-random-gpt2": "unknown key 'hidden_act'"}
 HUB = sorted(p.parent.name for p in SHARED.glob("hub/*/config.json")) or ["none here"]
 
 
@@ -494,6 +495,38 @@ def test_qwen_tiktoken_ids(tmp_path):
     assert first.encode(AWKWARD) == second.encode(AWKWARD)
     assert first.size == 151851  # 151,643 ranks, 3 named and 205 extra special tokens
     assert first.encode(["<|extra_204|>"]) == [[151850]]
+
+
+@pytest.mark.parametrize("settings, more, family", [
+    (dict(tokenizer_class="GPT2Tokenizer", add_bos_token=True), {}, "gpt2"),
+    (dict(tokenizer_class="GPT2Tokenizer", add_bos_token=True, add_eos_token=True, pad_token="[PAD]"), {},
+     "gpt2"),
+    (dict(tokenizer_class="GPT2Tokenizer", additional_special_tokens=["<mask>"]), {}, "gpt_neo"),
+    (dict(tokenizer_class="GPT2Tokenizer"), {"added_tokens.json": {"[PAD]": 50257},
+     "special_tokens_map.json": {"pad_token": "[PAD]", "bos_token": "<s>"}}, "gpt2"),
+    (dict(tokenizer_class="GPT2Tokenizer"), {}, "qwen2"), (dict(tokenizer_class="GPT2Tokenizer"), {}, "llama"),
+    (dict(tokenizer_class="Qwen2Tokenizer"), {}, "llama")])
+def test_token_ids_with_settings(settings, more, family, tmp_path):
+    """What tokenizer_config.json and older files beside it say of vocab.json and merges.txt."""
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(shared("hub", "tokenizers", "gpt2", name))
+    for name, content in (more | {"tokenizer_config.json": settings,
+                                  "config.json": dict(model_type=family)}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = M.Tokenizer(tmp_path, family)
+    texts = AWKWARD + ["[PAD]", "<s> hi</s>", "<mask> ", "a [PAD]b", "x<|endoftext|> y", "I'M don'T 1234"]
+    assert tokenizer.encode(texts) == [theirs(text)["input_ids"] for text in texts]
+    assert tokenizer.size == len(theirs)
+
+
+@pytest.mark.parametrize("names", ["tokenizer.json", "vocab.json merges.txt"])
+def test_a_prefix_space_that_is_asked_for_only_is_refused(names, tmp_path):
+    for name in names.split():
+        (tmp_path / name).symlink_to(shared("hub", "tokenizers", "gpt2", name))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(add_prefix_space=True)))
+    with pytest.raises(M.LoadError, match="add_prefix_space"):
+        M.Tokenizer(tmp_path, "gpt2")
 
 
 def test_bos_of_vocab_and_merges(tmp_path):
@@ -615,9 +648,43 @@ def test_refused_settings_of_other_families():
                           (dict(model_type="gemma3_text", attn_logit_softcapping=50.0),
                            "attn_logit_softcapping"),
                           (dict(model_type="gemma3_text", use_bidirectional_attention=True),
-                           "use_bidirectional_attention")]:
+                           "use_bidirectional_attention"),
+                          (dict(model_type="gpt2", n_layer=3, num_hidden_layers=2),
+                           "n_layer and num_hidden_layers disagree"),
+                          (dict(rope_parameters=dict(rope_type="default"),
+                                rope_scaling=dict(rope_type="linear", factor=2.0)), "rope_scaling and rope"),
+                          (dict(model_type="gemma3_text", rope_parameters=dict(rope_type="default")),
+                           "must have full_attention and sliding"),
+                          (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+                           "with .'partial_rotary_factor'. is not supported")]:
         with pytest.raises(M.LoadError, match=message):
             M.configure(base | keys)
+
+
+@pytest.mark.parametrize("family, key, value", [
+    ("llama", "partial_rotary_factor", 0.5), ("qwen3", "partial_rotary_factor", 0.5),
+    ("gemma2", "partial_rotary_factor", 0.5), ("llama", "rotary_emb_base", 500),
+    ("llama", "layer_norm_eps", 0.01), ("llama", "activation_function", "gelu"), ("llama", "num_layers", 2),
+    ("llama", "n_positions", 8), ("gpt_neox", "rope_theta", 500), ("gpt_neox", "partial_rotary_factor", 0.5),
+    ("gpt_neox", "rms_norm_eps", 0.01), ("gpt2", "hidden_act", "relu"), ("gpt2", "intermediate_size", 8),
+    ("opt", "layer_norm_eps", 0.01), ("opt", "attention_bias", False), ("gemma", "hidden_activation", "relu"),
+    ("gemma2", "hidden_act", "relu"), ("gemma3_text", "hidden_act", "gelu"), ("mistral", "window_size", 8),
+    ("mistral", "layer_types", ["full_attention"] * 32), ("phi3", "layer_types", ["full_attention"] * 32),
+    ("mistral", "attention_bias", True), ("qwen2", "attention_bias", True), ("qwen3", "mlp_bias", True)])
+def test_keys_that_a_family_does_not_read_are_refused(family, key, value):
+    """transformers ignores them there; they are another family's, or a mistake."""
+    with pytest.raises(M.LoadError, match=f"key '{key}'|{key} = "):
+        M.configure({"model_type": family, key: value})
+
+
+def test_keys_that_say_what_is_so_are_taken():
+    for same in (dict(model_type="llama", partial_rotary_factor=1.0),
+                 dict(model_type="gpt_neox", rotary_emb_base=500, rope_theta=500, partial_rotary_factor=0.25),
+                 dict(model_type="gemma2", hidden_act="gelu_pytorch_tanh"),
+                 dict(model_type="gemma", hidden_act="gelu", hidden_activation=None),
+                 dict(model_type="mistral", attention_bias=False)):
+        M.configure(same)
+    assert M.configure(dict(model_type="gemma2", hidden_activation="gelu")).act == "gelu"  # and not tanh
 
 
 def test_absent_keys_take_the_family_default():
@@ -636,7 +703,8 @@ def test_every_default_is_transformers_own(family):
     import transformers
     theirs, compared = transformers.AutoConfig.for_model(family), 0
     for field, mine in M.FAMILIES[family]["numbers"].items():
-        given = [getattr(theirs, key) for key in M.SPELLINGS[field] if getattr(theirs, key, None) is not None]
+        keys = M.keys_of(M.FAMILIES[family], field)
+        given = [getattr(theirs, key) for key in keys if getattr(theirs, key, None) is not None]
         if given and mine is not None:  # None: follows from others, and is tested with them
             assert given == [mine] * len(given), field
             compared += 1
@@ -902,6 +970,26 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny, tmp_path):
         assert file.metadata()["step"] == "3"
 
 
+@pytest.mark.parametrize("step", ["6", "3", "r", None])
+def test_a_state_whose_step_is_damaged_is_not_taken(step, tiny, tmp_path, monkeypatch):
+    net, _ = M.load(tiny)
+    monkeypatch.setattr(M, "SAVE_SECONDS", 0.0)
+
+    def stop(step, total, loss):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        M.finetune(net, **TRAIN, save=tmp_path / "run", progress=stop)
+    with M.open_tensors(tmp_path / "run") as file:
+        meta = file.metadata()
+    assert meta["step"] == "2"
+    save_file(load_file(tmp_path / "run"), tmp_path / "run", step and meta | dict(step=step))
+    done = []
+    again = M.finetune(net, **TRAIN, save=tmp_path / "run", progress=lambda step, *_: done.append(step))
+    assert done == [1, 2, 3, 4, 5, 6] and same_state(again, M.finetune(net, **TRAIN))
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_broken_run_goes_on_to_the_same_bits(tune, tiny, tmp_path, monkeypatch):
     net, _ = M.load(tiny)
@@ -934,7 +1022,7 @@ def test_half_precision_keeps_small_steps(tiny):
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "qwen2",
-                                     "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"])
+                                     "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3"])
 def test_saved_student_loads_in_transformers(variant, reference, tmp_path):
     net, _ = M.load(reference(variant)[0])
     c = M.finetune(net, **TRAIN, tune="lora" if variant in ("gpt2", "phi3") else "full")
@@ -943,6 +1031,40 @@ def test_saved_student_loads_in_transformers(variant, reference, tmp_path):
     with torch.no_grad():
         z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["sequences"]])
     CLOSE(c.predict(TRAIN["sequences"]), z.softmax(-1)[:, 1], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_saved_student_keeps_its_dtype(stored, dtype, reference, tmp_path):
+    """transformers takes the dtype that config.json names: it must be the student's, not the source's."""
+    source, to = tmp_path / "source", tmp_path / "student"
+    shutil.copytree(reference("llama")[0], source)
+    raw = json.loads((source / "config.json").read_text())
+    raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}
+    (source / "config.json").write_text(json.dumps(
+        raw | dict(torch_dtype=str(stored).removeprefix("torch."), num_labels=5)))
+    state = load_file(source / "model.safetensors")
+    save_file({name: x.to(stored) for name, x in state.items()}, source / "model.safetensors")
+    net, _ = M.load(source, dtype=dtype)
+    c = M.finetune(net, **TRAIN)
+    c.save(to)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(to).eval()
+    assert theirs.dtype == dtype and theirs.num_labels == 2
+    with torch.no_grad():
+        z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["sequences"]]).float()
+    loose = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=0, atol=0.02)
+    CLOSE(c.predict(TRAIN["sequences"]), z.softmax(-1)[:, 1], **loose)
+
+
+def test_a_student_is_not_saved_over_another_model(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "own")
+    net, _ = M.load(tmp_path / "own")
+    c, before = M.finetune(net, **TRAIN, tune="head"), (tmp_path / "own" / "model.safetensors").read_bytes()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text("{}")
+    for folder in ("own", "shards"):
+        with pytest.raises(FileExistsError, match="holds another model"):
+            c.save(tmp_path / folder)
+    assert (tmp_path / "own" / "model.safetensors").read_bytes() == before
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------
