@@ -504,7 +504,8 @@ def test_qwen_tiktoken_ids(tmp_path):
     (dict(tokenizer_class="GPT2Tokenizer", additional_special_tokens=["<mask>"]), {}, "gpt_neo"),
     (dict(tokenizer_class="GPT2Tokenizer"), {"added_tokens.json": {"[PAD]": 50257},
      "special_tokens_map.json": {"pad_token": "[PAD]", "bos_token": "<s>"}}, "gpt2"),
-    (dict(tokenizer_class="GPT2Tokenizer"), {}, "qwen2"), (dict(tokenizer_class="GPT2Tokenizer"), {}, "llama"),
+    (dict(tokenizer_class="GPT2Tokenizer"), {}, "qwen2"),
+    (dict(tokenizer_class="GPT2Tokenizer"), {}, "llama"),
     (dict(tokenizer_class="Qwen2Tokenizer"), {}, "llama")])
 def test_token_ids_with_settings(settings, more, family, tmp_path):
     """What tokenizer_config.json and older files beside it say of vocab.json and merges.txt."""
@@ -1039,11 +1040,10 @@ def test_saved_student_keeps_its_dtype(stored, dtype, reference, tmp_path):
     source, to = tmp_path / "source", tmp_path / "student"
     shutil.copytree(reference("llama")[0], source)
     raw = json.loads((source / "config.json").read_text())
-    raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}
-    (source / "config.json").write_text(json.dumps(
-        raw | dict(torch_dtype=str(stored).removeprefix("torch."), num_labels=5)))
-    state = load_file(source / "model.safetensors")
-    save_file({name: x.to(stored) for name, x in state.items()}, source / "model.safetensors")
+    named = dict.fromkeys(("dtype", "torch_dtype"), str(stored).removeprefix("torch."))
+    (source / "config.json").write_text(json.dumps(raw | named | dict(num_labels=5)))
+    for file in source.glob("*.safetensors"):
+        save_file({name: x.to(stored) for name, x in load_file(file).items()}, file)
     net, _ = M.load(source, dtype=dtype)
     c = M.finetune(net, **TRAIN)
     c.save(to)
