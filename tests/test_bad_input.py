@@ -395,7 +395,8 @@ DATA = {
         b.official(), b.offline(b"<html"))),
 }
 NUMBERS = {"tau": "nan inf -0.1 high 1e400", "alpha": "nan inf -0.1 1 1.5 high", "k": "0 -3 2.5 nan many",
-           "lr": "0 -1e-3 nan inf fast", "gamma": "nan inf -1 x", "epochs": "0 -1 2.5", "batch": "0 -8 x",
+           "lr": "0 -1e-3 nan inf fast", "gamma": "nan inf -1 x", "epochs": "0 -1 2.5",
+           "batch": "0 -8 x 9999999999",
            "limit": "-1 all", "shots": "-1 one", "seeds": "a 0.5 -1 99999999999999999999"}
 FLAGS = {
     "unknown flag": (r"unrecognized arguments: --taau", lambda b: b.flag("--taau", "0.5")),
@@ -423,6 +424,8 @@ FLAGS = {
     "keep of a method that is not run": (r"--keep", lambda b: b.flag("--keep", "selective")),
     "learning rate too high": (r"(the loss is .* at step \d+|not finite after the last) .*lower it",
                                lambda b: b.flag("--lr", "1e30")),
+    "learning rate too high in the only step": (r"weak: its weights are not finite", lambda b: b.flag(
+        "--lr", "1e38", "--epochs", "1", "--batch", "1000", "--tune", "head")),
     "rerun of nothing": (r"none\.json", lambda b: b.flag("--rerun", str(b.folder / "none.json"))),
     "rerun of a directory": (r"weak", lambda b: b.flag("--rerun", str(b.weak))),
     "rerun of no JSON": (r"task\.jsonl: not a result\.json", lambda b: b.flag("--rerun", str(b.task))),
@@ -433,6 +436,11 @@ FLAGS = {
     "rerun with a nonsense value": (r"result\.json: not a result\.json .*epochs", lambda b: b.result(
         config={"task": "demo-sciq", "data_dir": "", "epochs": "x"}, metrics={"methods": {}}, code={},
         data={}, models={}, env={})),
+    **{f"rerun with {what}": (r"result\.json: not a result\.json", lambda b, config=config, methods=methods:
+                              b.result(config={"task": "demo-sciq", "data_dir": "", **config}, code={},
+                                       data={}, metrics={"methods": methods}, models={}, env={}))
+       for what, config, methods in (("no seeds", {"seeds": []}, {}), ("no methods", {"methods": []}, {}),
+                                     ("no weak", {"methods": ["naive"]}, {}), ("a list of methods", {}, []))},
     "out is a file": (r"out", lambda b: b.flag("--out", replaced(b.folder / "a-file"))),
     "out below a file": (r"a-file", lambda b: b.flag("--out", replaced(b.folder / "a-file") + "/runs")),
     "out not writable": (r"/proc/runs", lambda b: b.flag("--out", "/proc/runs")),

@@ -457,6 +457,10 @@ def test_own_file(tmp_path):
     assert task.train[1] == Question("7", "7", "A  passage.", "number 1?", ("one", "two", "three"), 2)
     assert task.train[2] == Question("line5", "7", "", "number 2?", YES_NO, 1)
     assert task.train[3].group == task.train[4].group == "line7"
+    rows[3] |= {"group": "a"}           # a group of its own does not untie a passage
+    rows[4] |= {"group": "b"}
+    tied = load_task(write(tmp_path / "tied.jsonl", rows)).train
+    assert tied[3].group == tied[4].group
     assert task.train[6].question == "one\u2028line \u00e9"
 
 

@@ -49,7 +49,11 @@ def test_sign_flip_enumerates_and_cannot_go_below_its_floor():
     ones = [math.comb(20, n) / 2 ** 20 for n in range(21)]      # n of 20 are +1: their sum is 2 n - 20
     exact = sum(p * np.mean([abs(2 * n - 20 + a) >= 8 for a in (8, 0, 0, -8)]) for n, p in enumerate(ones))
     close(r.sign_flip([1.0, -1.0] * 10 + [4.0] * 2), exact, 0.01)       # 22 seeds: by chance
-    assert r.sign_flip([1.0] * 40) < 1e-4
+    for n in (17, 40, 70):      # nor by chance: one flip, the observed, is as far; beyond the 62nd seed too
+        close(r.sign_flip([1.0] * n + [0.0] * 2), 1 / (2 ** 16 + 1), 2e-4)
+        assert r.sign_flip([1.0] * n) > 0
+    close(r.sign_flip([0.0] * 62 + [1.0, -1.0]), 1.0)
+    close(r.sign_flip([0.0] * 64 + [1.0, 1.0]), 0.5, 0.01)
 
 
 def test_bootstrap_is_paired_and_seeded():
@@ -289,10 +293,14 @@ def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
     for n in (1, 2):
         stages("finetune", "weak", (n, torch.ones(2)), compute)
     assert len(calls) == 3 and len(told) == 1 and "damaged" in told[0]
+    file.write_bytes(file.read_bytes().replace(b'"p"', b'"q"'))     # one bit of a name
+    assert set(stages("finetune", "weak", (1, torch.ones(2)), compute)) == {"p", "n"}
+    assert set(stages("finetune", "weak", (2, torch.ones(2)), compute)) == {"p", "n"}
+    assert len(calls) == 4 and len(told) == 2
     file.write_bytes(file.read_bytes()[:50])            # truncated
     for n in (1, 2):
         stages("finetune", "weak", (n, torch.ones(2)), compute)
-    assert len(calls) == 4 and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    assert len(calls) == 5 and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
 def test_interrupted_stage_leaves_nothing(tmp_path):

@@ -712,6 +712,16 @@ def test_every_default_is_transformers_own(family):
     assert compared >= 8
 
 
+def test_what_does_not_fit_into_float16_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "big")
+    state = load_file(tiny / "model.safetensors")
+    state["transformer.h.1.mlp.c_fc.weight"][0, 0] = 7e4
+    save_file(state, tmp_path / "big" / "model.safetensors")
+    M.load(tmp_path / "big", dtype=torch.bfloat16)
+    with pytest.raises(M.LoadError, match="c_fc.weight does not fit into float16"):
+        M.load(tmp_path / "big", dtype=torch.float16)
+
+
 def test_bit_flips_in_the_header_never_pass_unseen(tiny, tmp_path):
     """A flipped bit either makes a LoadError or leaves every tensor as it was."""
     data = (tiny / "model.safetensors").read_bytes()

@@ -279,6 +279,26 @@ def test_a_judged_yes_no_item_shows_the_candidate_yes(tiny, tmp_path):
     assert p.belief.shape[1] == 2 and torch.equal(p.own, (p.belief.argmax(1) == 1).float())
 
 
+def test_too_little_of_d_l_beside_the_shots_is_said_before_anything_is_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(selw2s, "elicit", lambda *a, **k: pytest.fail("too late"))
+    task = selw2s.load_task(tiny[1])
+    one = [q._replace(group=f"g{i % 4}") for i, q in enumerate(task.train)]
+    monkeypatch.setattr(selw2s, "load_task", lambda *a, **k: task._replace(train=one))
+    with pytest.raises(selw2s.DataError, match="--shots 2 examples is too small"):
+        go(tiny, tmp_path, "--shots", "2", "--methods", "weak", "--seeds", "0", "1", "2")
+
+
+def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
+    g = torch.Generator().manual_seed(0)
+    features, truth = torch.randn(12, 2, 4, generator=g), torch.arange(12) % 2.0
+    config, half, rows = selw2s.Config(alpha=0.5, k=50), torch.arange(12) % 2, torch.arange(12) >= 0
+    assert selw2s.choose_smoothing(features, truth, truth, rows, half, config).k == 50
+    half[:] = 0
+    half[0] = 1     # a half of one row has no neighbours: nothing to choose by
+    chosen = selw2s.choose_smoothing(features, truth, truth, rows, half, config)
+    assert (chosen.alpha, chosen.k, chosen.before) == (0.5, 50, None)
+
+
 def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
     """Against one plain forward pass per (question, option)."""
     from model import load
@@ -372,6 +392,19 @@ def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny):
         fit(Task("t", [short], [long._replace(context="", question=words)], "", ""), encoders, 128)
 
 
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_context_without_spaces_is_cut_by_characters(tiny, between):
+    from data import Question, Task, fit
+    config = selw2s.parse(list(tiny))
+    encoders = [selw2s.open_side(tiny[i], config).tokenizer.encode for i in (3, 5)]
+    context = between.join(f"w{i}" for i in range(400))
+    long = Question("a", "a", context, "Which word is last?", ("w1", "w399", "w7", "w8"), 1)
+    kept, = fit(Task("t", [], [long], "", ""), encoders, 128)[0].test
+    texts = [selw2s.prompt(kept) + selw2s.completion(kept, i) for i in range(4)]
+    longest = max(len(ids) for encode in encoders for ids in encode(texts))
+    assert context.startswith(kept.context) and 128 - 16 < longest <= 128
+
+
 def test_train_questions_that_test_asks_are_left_out(tiny):
     from data import Task, fit
     task = selw2s.load_task(tiny[1])
@@ -405,6 +438,27 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
             tokenizer.encode([texts[i] for i in data["seed0/test/id"]]))
         np.testing.assert_allclose(p.numpy(), data["seed0/test/p/selective"], atol=1e-6)
         (folder / "model.safetensors").unlink()
+
+
+def test_cross_task_keeps_no_model_of_another_task(tmp_path):
+    go((), tmp_path, "--limit", "60", "--methods", "weak", "--keep", "weak", "--analysis", "cross-task",
+       "--tune", "head", "--epochs", "1")
+    folder, = (tmp_path / "students").iterdir()
+    assert folder.name.startswith("demo-sciq-weak-seed0-")
+
+
+def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path, monkeypatch):
+    """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""
+    real = selw2s.elicit
+
+    def certain(config, strong, rows, questions, *rest):
+        said = real(config, strong, rows, questions, *rest)
+        gold = selw2s.answers(config, rows, questions)
+        return said._replace(belief=torch.nn.functional.one_hot(gold, said.belief.shape[1]).float())
+    monkeypatch.setattr(selw2s, "elicit", certain)
+    result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "difficulty", "--difficulty", "strong")
+    for row in result["analysis"].values():
+        assert all(0 <= m[f"ece_on_{part}"] <= 1 for m in row for part in ("easy", "hard"))
 
 
 def test_an_analysis_leaves_the_kept_students_alone(tiny, tmp_path):
