@@ -440,6 +440,7 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
         (folder / "model.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_cross_task_keeps_no_model_of_another_task(tmp_path):
     go((), tmp_path, "--limit", "60", "--methods", "weak", "--keep", "weak", "--analysis", "cross-task",
        "--tune", "head", "--epochs", "1")
