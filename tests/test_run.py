@@ -1,4 +1,4 @@
-"""The program: honesty rules, cache, result, errors, command line. Run: pytest tests/test_run.py (40 s)."""
+"""The program: honesty rules, cache, result, errors, command line. Run: pytest tests/test_run.py (70 s)."""
 import json
 import os
 import subprocess
