@@ -1,34 +1,211 @@
-"""Selective weak-to-strong generalization: the method (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166).
+"""Selective weak-to-strong generalization (Lang, Huang, Li; AAAI 2026; arXiv 2511.14166): the whole method.
 
 A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
-P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. Read
-one_seed() and run() first: they take the steps 1 to 8; above them, in the same order, stand the steps. The
-command line is in data/config.py, the formats in data/__init__.py, metrics in data/report.py.
+P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. This file
+reads in that order: Config and command line, steps 1 to 8 as the paper takes them, and last run(), which
+calls them. model.py is the network, graph.py the graph, data/ the questions, data/results/ the numbers.
 
-symbol      name here  shape         source
-D_l         labelled   n_l items     half with ground truth                     Burns et al. 2023, App. A
-D_u         transfer   n_u items     half whose truth only metrics, ceiling and oracle read
-p_w         weak       (N,)          weak supervisor's P(y = 1), soft           Burns et al. 2023
-            own        (N,) 0/1      self-generated label                       paper, abstract
-P(IK)       p_ik       (N,)          P(own answer is right | question)          Kadavath et al. 2022
-tau         tau        float         own label iff P(IK) >= tau                 [D4]
-S, F        graph.py                 smoothing of the weak labels               Zhou et al. 2004
-PGR         pgr        float         (student - weak) / (ceiling - weak)        Burns et al. 2023
+symbol      name here    shape         source
+D_l         labelled     n_l items     half with ground truth                     Burns et al. 2023, App. A
+D_u         transfer     n_u items     half whose truth only metrics, ceiling and oracle read
+p_w         weak         (n,)          weak supervisor's P(y = 1), soft           Burns et al. 2023
+            own          (n,) 0/1      self-generated label                       paper, abstract
+P(IK)       p_ik         (n,)          P(own answer is right | question)          Kadavath et al. 2022
+tau         tau          float         own label iff P(IK) >= tau                 [D4]
+S, F        graph.py                   smoothing of the weak labels               Zhou et al. 2004
+PGR         pgr          float         (student - weak) / (ceiling - weak)        Burns et al. 2023
 
-Shapes: N items (one per question), K options, R hidden-state layers read, C width; float32 unless said,
-probes float64. [D..] marks the line that takes a choice which the paper leaves open: the README's table lists
-them, with their flags.
+Shapes: n items of one part (one item per question), K options, R hidden states read per text, C width;
+float32 unless said, probes float64. [D..] marks the line that takes a choice which the paper leaves open: the
+README's table lists them, with their flags.
 """
 from __future__ import annotations
 
+import argparse
 import sys
+import textwrap
+from dataclasses import asdict, dataclass, field, fields
 
-from data.config import Config, parse, shown
+# ------------------------------------------------------------------------------------ Config and command line
+METHODS = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
+           "graph-only", "route-only", "selective", "trust", "chain", "oracle")
+DEFAULT_METHODS = ("weak", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
+                   "selective")
+EXAMPLES = """examples:
+  python selw2s.py --task demo                                        under a minute on two cores, no download
+  python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
+  python selw2s.py --task sciq --weak openai-community/gpt2 --strong openai-community/gpt2-large --device cuda
+"""
 
-if __name__ == "__main__":  # --help and a wrong flag are answered before torch, seconds away, is imported
-    parse()
+
+def flag(default, help: str, **kwargs):
+    """A field of Config that is a flag of the command line; kwargs as argparse takes them."""
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. Type object: a number, or "auto"."""
+    task: str = flag("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two "
+                             "models), sciq, boolq, cosmosqa, or FILE.jsonl")
+    weak: str = flag("", "weak model: directory or hub id (the demo tasks bring their own)", metavar="MODEL")
+    strong: str = flag("", "strong pretrained model: directory or hub id", metavar="MODEL")
+    methods: tuple = flag(DEFAULT_METHODS, "all, or some of: " + " ".join(METHODS), nargs="+",
+                          metavar="METHOD", choices=METHODS + ("all",))
+    seeds: tuple = flag((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
+    protocol: str = flag("paper", "items and halves: balanced and disjoint by passage, or draw for draw as "
+                                  "OpenAI's code [D12]", choices=("paper", "openai"))
+    shots: int = flag(0, "solved examples from D_l in front of each question the strong model answers [D2]")
+    own: str = flag("sum", "self-generated answer by option likelihood: summed, per token, less the "
+                           "option's unconditional one, or by judging the shown candidate [D1]",
+                    choices=("sum", "mean", "pmi", "judge"))
+    target: str = flag("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]",
+                       choices=("hard", "soft"))
+    tau: object = flag("auto", "P(IK) from which the own label is used; auto: cross-fitted weak accuracy "
+                               "on D_l [D4]", metavar="X")
+    anchors: int = flag(1, "1: routed own labels stand in Y while the others are smoothed, "
+                           "0: weak labels only [D5]", choices=(0, 1))
+    alpha: object = flag("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
+    k: object = flag("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
+    gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]")
+    tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
+    epochs: int = flag(2, "passes over the training items")
+    batch: int = flag(32, "items per update")
+    lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
+    analysis: str = flag("", "after the methods: P(IK) across tasks, across difficulties, "
+                             "or tau, alpha, k varied", choices=("cross-task", "difficulty", "sweep"))
+    difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
+                           choices=("weak", "strong"))
+    keep: str = flag("", "save this method's students in Hugging Face layout under <out>/students",
+                     choices=METHODS, metavar="METHOD")
+    limit: int = flag(0, "use at most this many train and this many test questions (0: all)")
+    device: str = flag("cpu", "cpu, cuda, cuda:1 ...")
+    dtype: str = flag("float32", "dtype of the pretrained weights",
+                      choices=("float32", "bfloat16", "float16"))
+    data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
+    rerun: str = flag("", "repeat the run of a result.json and compare: every other flag but --out, "
+                          "--data-dir is taken from it", metavar="FILE")
+    out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
+
+
+MOST = 2 ** 31 - 1
+LIMITS = {      # flag: least value, greatest, what it must be (NaN compares false with both)
+    "tau": (0, 1e9, "a number from 0 (above 1: never the own label)"),
+    "alpha": (0, 1 - 1e-9, "a number from 0 to below 1"),
+    "gamma": (0, 1e9, "a number from 0"),
+    "lr": (1e-30, 1e30, "a positive number"),
+    "k": (1, MOST, "a whole number from 1"),
+    **dict.fromkeys(("epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
+    **dict.fromkeys(("shots", "limit"), (0, MOST, f"a whole number from 0 to {MOST}"))}
+
+
+def number(text: str):
+    """"auto", an int or a float: the value of --tau, --alpha, --k and --lr; argparse shows this name."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def fault(f, value) -> str:
+    """What the value of a field of Config must be, if this is not; "" if it is."""
+    if f.type != "object" and type(value).__name__ != f.type:
+        return f.type
+    if choices := f.metadata.get("choices"):
+        unknown = [v for v in (value if f.type == "tuple" else [value]) if v not in choices]
+        return f"of {', '.join(map(str, choices))}" if unknown else ""
+    if f.name == "seeds":
+        whole = all(type(seed) is int and 0 <= seed < 2 ** 63 for seed in value)
+        return "" if value and whole and len(set(value)) == len(value) else "different numbers from 0"
+    if f.name in LIMITS:
+        low, high, need = LIMITS[f.name]
+        kinds = (int,) if f.name == "k" else (int, float)
+        return "" if type(value) in kinds and low <= value <= high else need
+    return ""
+
+
+def problem(config: Config) -> str:
+    """The first value that cannot be used and what it must be; "" if all can. Types count: they may come from
+    a file."""
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        need = fault(f, value) if value != f.default else ""
+        if need:
+            return f"--{f.name.replace('_', '-')} {value!r:.40}: must be {need}"
+    if "weak" not in config.methods:
+        return "--methods: weak must be among them"
+    if config.keep and config.keep not in config.methods:
+        return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
+    return ""
+
+
+def described(config: Config) -> str:
+    """The resolved configuration as the program prints it first."""
+    words = []
+    for name, value in asdict(config).items():
+        if value != "":
+            words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, generated from Config; a wrong flag ends the program with one line and exit code 2."""
+    def layout(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, width=118, max_help_position=24)
+
+    def error(text):        # without argparse's lines of usage
+        out.exit(2, f"selw2s.py: error: {' '.join(text.split())}\n")
+    out = argparse.ArgumentParser(
+        prog="selw2s.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=layout,
+        description="Selective weak-to-strong generalization: finetune a strong model on a weak model's "
+                    "labels, on its own\n"
+                    "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
+    out.error = error
+    for f in fields(Config):
+        spec = {"type": {"int": int, "float": float, "object": number}.get(f.type, str)} | f.metadata
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        if f.name == "methods":
+            default = "default set"
+        if default not in ("", 0):
+            spec["help"] += f" (default: {default})"
+        out.add_argument("--" + f.name.replace("_", "-"), default=f.default, **spec)
+    return out
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Config from the command line (sys.argv by default)."""
+    command_line = parser()
+    values = vars(command_line.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    asked = METHODS if "all" in values["methods"] else ("weak", *values["methods"])
+    values["methods"] = tuple(method for method in METHODS if method in asked)
+    if values["task"] == "demo":
+        values["task"] = "demo-sciq"
+    config = Config(**values)
+    if line := problem(config):
+        command_line.error(line)
+    if config.rerun:
+        return config
+    if not config.task.startswith("demo-") and not (config.weak and config.strong):
+        command_line.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
+                           "(only the demo tasks bring their own)")
+    if config.task.endswith(".jsonl") and config.analysis == "cross-task":
+        command_line.error("--analysis cross-task needs a demo or an official task")
+    return config
+
+
+if __name__ == "__main__":
+    parse()             # --help and a wrong flag are answered before torch, seconds away, is imported
+    import selw2s       # this file once more, under the name by which data.results.analyses knows it
+    sys.exit(selw2s.main())
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -39,12 +216,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import DEMO, YES_NO, DataError, completion, fit, halves, items, load_task, prompt
-from data.analyses import analyse
-from data.figures import figures
-from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
-from data.report import rerun, table, write
-from data.stages import Stages, counter, digest
+from data import DEMO, YES_NO, DataError, Item, Question, completion, fit, halves, items, load_task, prompt
+from data.cache import Stages, counter, digest
+from data.results.figures import figures
+from data.results.report import accuracy, auroc, cross_entropy, table, write
 from graph import affinity, knn, normalise, propagate
 from model import Classifier, LoadError, TrainError, cut, finetune, load, out_of_memory, read
 
@@ -52,194 +227,291 @@ HERE = Path(__file__).resolve().parent
 
 
 # --------------------------------------------------------------------------------------------- the two models
-class Side(NamedTuple):
-    """One of the two pretrained models: network, tokenizer, SHA-256 of its files, learning rate."""
-    model: object
+class Pretrained(NamedTuple):
+    """One of the two models as it comes, and how it is finetuned."""
+    network: object
     tokenizer: object
-    sha256: str
+    sha256: str         # of its files
     lr: float
     large: bool         # a billion parameters or more: activations are recomputed in the backward pass
 
 
-def open_side(source: str, config: Config) -> Side:
+def pretrained(source: str, config: Config) -> Pretrained:
     """Load a checkpoint. lr auto: Burns' 1e-5 from a billion parameters, 5e-5 below, 5e-4 below 50M; for
     LoRA, which starts from B = 0, ten times that."""
-    model, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
-    size = sum(p.numel() for p in model.params.values())
-    auto = 1e-5 if size >= 1e9 else 5e-5 if size >= 5e7 else 5e-4                                   # [D9]
-    auto *= 10 if config.tune == "lora" else 1
+    network, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
+    size = sum(p.numel() for p in network.params.values())
+    lr = config.lr
+    if lr == "auto":                                                                                # [D9]
+        lr = 1e-5 if size >= 1e9 else 5e-4
+        if 5e7 <= size < 1e9:
+            lr = 5e-5
+        if config.tune == "lora":
+            lr *= 10
     h = hashlib.sha256()
-    for file in sorted(model.folder.iterdir()):
+    for file in sorted(network.folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    lr = auto if config.lr == "auto" else float(config.lr)
-    return Side(model, tokenizer, h.hexdigest(), lr, size >= 1e9)
+    return Pretrained(network, tokenizer, h.hexdigest(), float(lr), size >= 1e9)
 
 
-def hexed(out: dict[str, Tensor]) -> str:
-    return bytes(out["weights"].tolist()).hex()
+class Outcome(NamedTuple):
+    """A finetuned model: its P(y = 1) of every text asked for, and the SHA-256 of its weights."""
+    p: list[Tensor]     # one (n,) per list of texts
+    weights: str
 
 
-def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Config, seed: int, stages: Stages,
-            target_fn=None) -> dict[str, Tensor]:
-    """Finetune the side's model on sequences, targets (n,): {"p": P(y = 1) (len(ask),), "weights": hash}."""
-    settings = dict(lr=side.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
-                    checkpoint=side.large)
+def finetuned(name: str, start: Pretrained, tokens: list, targets: Tensor, ask: list, config: Config, seed: int,
+              stages: Stages, rule=None) -> Outcome:
+    """Finetune a pretrained model on token sequences with soft targets (n,), and let it label others.
 
-    def compute(unfinished):
-        student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name),
-                           save=unfinished, **settings)
-        state, p = student.state(), student.predict(ask)
-        if not p.isfinite().all():
+    ask: lists of token sequences; rule: target of a step from student's and given probability (model.finetune's
+    target_fn). A stage: kept on disk. With --keep the finetuned model is saved too."""
+    settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
+                    checkpoint=start.large)
+    keep = name == config.keep
+
+    def compute():
+        student = finetune(start.network, tokens, targets, target_fn=rule, progress=counter(name), **settings)
+        state, p = student.state(), [student.predict(part) for part in ask]
+        if not all(part.isfinite().all() for part in p):
             raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
-                             f"{side.lr}): lower it")
-        weights = bytes.fromhex(digest(*(state[key] for key in sorted(state))))
-        return {"p": p, "weights": torch.tensor(list(weights), dtype=torch.uint8),
-                **({"state." + key: x.cpu() for key, x in state.items()} if kept else {})}
-    kept = name == config.keep
-    depends = (side.sha256, config.dtype, config.device, settings, sequences, targets, target_fn, ask, kept)
-    steps, tokens = -(-len(sequences) // config.batch), sum(map(len, sequences))
+                             f"{start.lr}): lower it")
+        out = {"weights": digest(*(state[key] for key in sorted(state)))}
+        out |= {f"p{i}": part for i, part in enumerate(p)}
+        if keep:
+            out |= {"state." + key: x.cpu() for key, x in state.items()}
+        return out
+    depends = (start.sha256, config.dtype, config.device, settings, tokens, targets, rule, ask, keep)
     out = stages("finetune", name, depends, compute,
-                 steps=config.epochs * steps, tokens=config.epochs * tokens)
-    if kept:
+                 steps=config.epochs * -(-len(tokens) // config.batch), tokens=config.epochs * sum(map(len, tokens)))
+    if keep:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
-        folder = f"{Path(config.task).stem}-{name}-seed{seed}-{hexed(out)[:8]}"
-        Classifier(side.model, state).save(Path(config.out) / "students" / folder)
-    return out
+        folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"
+        Classifier(start.network, state).save(Path(config.out) / "students" / folder)
+    return Outcome([out[f"p{i}"] for i in range(len(ask))], out["weights"])
 
 
-# ----------------------------------------------------------------------------------- 1 to 3. Split, weak, own
-class Elicited(NamedTuple):
-    """What one forward pass of the pretrained strong model over N items' questions says (step 3)."""
-    belief: Tensor      # (N, K) own probability of each option (judge: of the labels 0 and 1)
-    own: Tensor         # (N,) self-generated label of the item shown, 0/1
-    prompt: Tensor      # (N, R, C) hidden states at the question prompt's last token, before any candidate
-    item: Tensor        # (N, R, C) hidden states at the item's last token
+# ------------------------------------------------------------------------------------------- the three parts
+class Part(NamedTuple):
+    """One part of a seed's data with all that steps 1 to 3 know of it: D_l, D_u or test; a row per item."""
+    items: list[Item]               # n; their labels are read for D_l, for the ceiling, oracle and metrics only
+    questions: list[Question]       # n, the items' own; their answers likewise
+    tokens: list[list[int]]         # n item texts as the strong model reads them
+    weak: Tensor                    # (n,) weak P(y = 1); on D_l cross-fitted
+    own: Tensor                     # (n,) self-generated label, 0/1
+    belief: Tensor                  # (n, K) the strong model's probability of each option
+    prompt_state: Tensor            # (n, R, C) its hidden states where the question ends, before any candidate
+    item_state: Tensor              # (n, R, C) its hidden states where the item's text ends
+    truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, like the rest below
+    gold: Tensor | None = None      # (n,) column of `belief` that is right
+    fold: Tensor | None = None      # (n,) fold of the item's group, for P(IK)'s cross-validation
+    half: Tensor | None = None      # (n,) 0 or 1: the half of D_l the row is in; the other half's model labelled it
 
 
-JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"  # after Burns' Table 2
+def take(part: Part, rows: Tensor) -> Part:
+    """Some rows of a part, rows (n,) bool."""
+    at = rows.nonzero()[:, 0]
+    out = {}
+    for name, value in part._asdict().items():
+        if value is not None:
+            out[name] = [value[i] for i in at] if isinstance(value, list) else value[at]
+    return Part(**out)
 
 
-def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages, tell) -> Elicited:
-    """Self-generated labels: the option with the largest log-likelihood given the question is the own answer
-    [D1]; the own label of an item is 1 if the candidate it shows is that answer. shots: (item, question) of
-    the solved examples in front [D2]."""
-    depth = strong.model.config.layers
-    layers = tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))       # offered to probe and graph [D14]
-
-    def ask(name, prompts, completions, pick):
-        heads, tails = cut(strong.tokenizer, prompts, completions)
-        longest = max(len(h) + max(map(len, t)) for h, t in zip(heads, tails))
-        if longest > strong.model.config.context:
-            raise DataError(f"a prompt of {longest} tokens is over the strong model's "
-                            f"{strong.model.config.context}: use fewer --shots, --own sum, shorter questions")
-        return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
-                      lambda _: read(strong.model, heads, tails, pick, layers=layers)._asdict(),
-                      tokens=sum(len(h) + sum(map(len, t)) for h, t in zip(heads, tails)))
-
-    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in shots)
-    completions = [[completion(q, i) for i in range(len(q.options))] for q in questions]
-    pick = [row.option for row in rows]
-    reading = ask("read", [before + prompt(q) for q in questions], completions, pick)
-    score = reading["loglik"]                                               # (N, K)
-    if config.own == "mean":
-        score = score / reading["option_tokens"].clamp_min(1)
-    elif config.own == "pmi":
-        last = ["Question:" if q.options == YES_NO else prompt(q).split()[-1] for q in questions]
-        alone = ask("read unconditional", last, completions, [-1] * len(rows))["loglik"]
-        score = score - alone.nan_to_num(neginf=0.0)
-    elif config.own == "judge":
-        def judged(row, q):     # a yes/no item shows no candidate: "yes" is judged
-            return row.text + completion(q, 1) * (row.option < 0) + JUDGE
-        before = "".join(f"{judged(row, q)} {row.label}\n\n" for row, q in shots)
-        asked = [before + judged(row, q) for row, q in zip(rows, questions)]
-        score = ask("read judge", asked, [[" 0", " 1"]] * len(rows), [-1] * len(rows))["loglik"]
-        tell(f"3 prompt   {asked[0]!r:.200} + ' 0' or ' 1'")
-    if config.own != "judge":
-        tell(f"3 prompt   {before + prompt(questions[0])!r:.200} + one of {completions[0]}")
-    belief = score.softmax(1)
-    shown = torch.tensor([1 if config.own == "judge" or i < 0 else i for i in pick])
-    own = (belief.argmax(1) == shown).float()                               # hard: 0 or 1 [D13]
-    return Elicited(belief, own, reading["prompt"], reading["item"])
+def hidden_truth(part: Part) -> Tensor:
+    """(n,) ground truth of any part: for the ceiling, the oracle and the metrics only."""
+    return torch.tensor([float(item.label) for item in part.items])
 
 
-def answers(config: Config, rows, questions) -> Tensor:
-    """The right answer's column of `belief`; for rows beyond D_l it is hidden truth: for metrics only."""
-    return torch.tensor([row.label if config.own == "judge" else q.answer for row, q in zip(rows, questions)])
+# --------------------------------------------------------------------------------------- 1. Split and format
+class Split(NamedTuple):
+    """Items of the three parts, question by id."""
+    labelled: list[Item]
+    transfer: list[Item]
+    test: list[Item]
+    question: dict[str, Question]
 
 
-class Prepared(NamedTuple):
-    """Steps 1 to 3 of one seed. Rows are items: D_l (n_l), then D_u (n_u), then test. Truth: of D_l only."""
-    rows: list          # N items
-    questions: list     # N questions; their answers are read for D_l, for the metrics and for nothing else
-    n_l: int
-    n_u: int
-    ids: list           # N token sequences for the strong model
-    truth: Tensor       # (n_l,) labels of D_l
-    cross: Tensor       # (n_l,) cross-fitted weak P(y = 1)
-    half: Tensor        # (n_l,) 0 or 1: the half of D_l the row is in; the other half's model labelled it
-    weak: Tensor        # (n_u + test,) weak P(y = 1)
-    weak_weights: str   # hash of the weak supervisor
-    own: Tensor         # (N,) self-generated label, 0/1
-    belief: Tensor      # (N, K) the strong model's probability of each option
-    gold: Tensor        # (n_l,) index of the right option
-    prompt: Tensor      # (N, R, C) hidden states where the question ends
-    item: Tensor        # (N, R, C) hidden states where the item ends
-    fold: Tensor        # (n_l,) fold of the item's group
-    usable: Tensor      # (n_l,) bool: not of a few-shot example's group, whose answer stood in the prompt
-
-    @property
-    def D_u(self) -> slice:
-        """Its rows."""
-        return slice(self.n_l, self.n_l + self.n_u)
-
-
-def prepare(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> Prepared:
-    """1. Split and format. 2. Weak supervisor on D_l, soft labels on D_u. 3. Strong model's own answers."""
-    question = {q.id: q for q in task.train + task.test}
+def split(config: Config, task, seed: int, tell) -> Split:
+    """1. Questions -> binary items -> D_l, D_u, test (Burns et al. 2023, App. A)."""
     drawn = items(task.train, protocol=config.protocol, seed=seed)
     labelled, transfer = halves(drawn, task.train, protocol=config.protocol, seed=seed)
     test = items(task.test, protocol=config.protocol, seed=seed if config.protocol == "openai" else 0)
-    rows, n_l, n_u = labelled + transfer + test, len(labelled), len(transfer)
-    if config.shots > n_l // 2:
-        raise DataError(f"--shots {config.shots} would use up D_l, which has {n_l} items: at most half")
-    truth = torch.tensor([float(item.label) for item in labelled])
-    texts = [row.text for row in rows]
-    tell(f"1 split    {n_l:,} labelled, {n_u:,} transfer, {len(test):,} test items   "
-         f"e.g. {texts[0]!r:.70} -> {labelled[0].label}")
+    if config.shots > len(labelled) // 2:
+        raise DataError(f"--shots {config.shots} would use up D_l, which has {len(labelled)} items: at most half")
+    tell(f"1 split    {len(labelled):,} labelled, {len(transfer):,} transfer, {len(test):,} test items   "
+         f"e.g. {labelled[0].text!r:.70} -> {labelled[0].label}")
+    return Split(labelled, transfer, test, {q.id: q for q in task.train + task.test})
 
-    ids = weak.tokenizer.encode(texts)
-    supervisor = trained("weak", weak, ids[:n_l], truth, ids[n_l:], config, seed, stages)
-    # cross: the only view of weak errors that owns truth
-    cross, at = torch.empty(n_l), {item.id: i for i, item in enumerate(labelled)}
-    folds = [[at[item.id] for item in part]
-             for part in halves(labelled, task.train, protocol="paper", seed=seed)]
-    half = torch.zeros(n_l, dtype=torch.int8)
+
+# ----------------------------------------------------------------------------------------- 2. Weak supervisor
+class Supervised(NamedTuple):
+    """The weak labels of a seed."""
+    labelled: Tensor    # (n_l,) cross-fitted P(y = 1): the only view of weak errors that owns truth
+    half: Tensor        # (n_l,) as Part.half
+    transfer: Tensor    # (n_u,) of the supervisor trained on all of D_l
+    test: Tensor
+    weights: str        # hash of that supervisor
+
+
+def supervise(config: Config, weak: Pretrained, parts: Split, task, seed: int, stages: Stages) -> Supervised:
+    """2. The weak model finetuned on D_l's ground truth labels D_u and test; two more, each on one half of
+    D_l, label the other half."""
+    labelled, transfer, test = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:3])
+    truth = torch.tensor([float(item.label) for item in parts.labelled])
+    supervisor = finetuned("weak", weak, labelled, truth, [transfer, test], config, seed, stages)
+    place = {item.id: i for i, item in enumerate(parts.labelled)}
+    folds = [[place[item.id] for item in half]
+             for half in halves(parts.labelled, task.train, protocol="paper", seed=seed)]
+    cross, half = torch.empty(len(labelled)), torch.zeros(len(labelled), dtype=torch.int8)
     half[folds[1]] = 1
     for i, (learn, ask) in enumerate((folds, folds[::-1])):
-        cross[ask] = trained(f"cross-{i}", weak, [ids[j] for j in learn], truth[learn], [ids[j] for j in ask],
-                             config, seed, stages)["p"]
-    tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
+        out = finetuned(f"cross-{i}", weak, [labelled[j] for j in learn], truth[learn],
+                        [[labelled[j] for j in ask]], config, seed, stages)
+        cross[ask] = out.p[0]
+    stages.tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
+    return Supervised(cross, half, *supervisor.p, supervisor.weights)
 
-    picked = np.random.default_rng(seed).choice(n_l, config.shots, replace=False)
-    shots = [(labelled[i], question[labelled[i].question_id]) for i in picked]
-    asked = [question[row.question_id] for row in rows]
-    in_prompt = {q.group for _, q in shots}
-    usable = torch.tensor([q.group not in in_prompt for q in asked[:n_l]])
-    group = {g: i for i, g in enumerate(dict.fromkeys(q.group for q in asked[:n_l]))}
-    fold = torch.tensor([group[q.group] % 5 for q in asked[:n_l]])
+
+# ------------------------------------------------------------------------------------ 3. Self-generated labels
+JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"  # after Burns' Table 2
+
+
+class Elicited(NamedTuple):
+    """What one forward pass of the pretrained strong model over n questions says; fields as in Part."""
+    belief: Tensor
+    own: Tensor
+    prompt_state: Tensor
+    item_state: Tensor
+
+
+class Example(NamedTuple):
+    """A solved question in front of those that the strong model answers."""
+    item: Item
+    question: Question
+
+
+def layers_read(strong: Pretrained) -> tuple:
+    """The R hidden states offered to probe and graph: middle, three quarters, after the final norm [D14]."""
+    depth = strong.network.config.layers
+    return tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))
+
+
+def likelihoods(name: str, strong: Pretrained, prompts: list[str], completions: list[list[str]], pick: list[int],
+                config: Config, stages: Stages) -> dict[str, Tensor]:
+    """Log-likelihood of each prompt's completions and hidden states, in one pass (model.Reading); a stage."""
+    heads, tails = cut(strong.tokenizer, prompts, completions)
+    longest = max(len(head) + max(map(len, tail)) for head, tail in zip(heads, tails))
+    if longest > strong.network.config.context:
+        raise DataError(f"a prompt of {longest} tokens is over the strong model's "
+                        f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
+    layers = layers_read(strong)
+    return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
+                  lambda: read(strong.network, heads, tails, pick, layers=layers)._asdict(),
+                  tokens=sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails)))
+
+
+def judged(item: Item, question: Question) -> str:
+    """The prompt that asks whether the candidate shown is right (of a yes/no question: "yes")."""
+    return prompt(question) + completion(question, item.option) + JUDGE
+
+
+def unconditional(question: Question) -> str:
+    """What stands before an option when nothing of the question does."""
+    return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
+
+
+def scores(config: Config, name: str, strong: Pretrained, part: list[Item], questions: list[Question],
+           examples: list[Example], reading: dict, stages: Stages) -> Tensor:
+    """(n, K) score of each option [D1], from the reading of the plain prompts, and another one for pmi, judge."""
+    loglik = reading["loglik"]
+    if config.own == "mean":
+        return loglik / reading["option_tokens"].clamp_min(1)
+    none = [-1] * len(part)
+    if config.own == "pmi":
+        options = [[completion(q, i) for i in range(len(q.options))] for q in questions]
+        alone = likelihoods(f"read {name} unconditional", strong, [unconditional(q) for q in questions], options,
+                            none, config, stages)["loglik"]
+        return loglik - alone.nan_to_num(neginf=0.0)
+    if config.own == "judge":
+        before = "".join(f"{judged(*example)} {example.item.label}\n\n" for example in examples)
+        asked = [before + judged(item, q) for item, q in zip(part, questions)]
+        if name == "labelled":
+            stages.tell(f"3 prompt   {asked[0]!r:.200} + ' 0' or ' 1'")
+        return likelihoods(f"read {name} judge", strong, asked, [[" 0", " 1"]] * len(part), none, config,
+                           stages)["loglik"]
+    return loglik
+
+
+def elicit(config: Config, name: str, strong: Pretrained, part: list[Item], questions: list[Question],
+           examples: list[Example], stages: Stages) -> Elicited:
+    """3. The option with the largest log-likelihood given the question is the strong model's own answer [D1];
+    the own label of an item is 1 if the candidate it shows is that answer. examples stand in front [D2]."""
+    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in examples)
+    prompts = [before + prompt(q) for q in questions]
+    completions = [[completion(q, i) for i in range(len(q.options))] for q in questions]
+    # the branch on which an item's text ends; a yes/no question is itself the item and ends with the prompt
+    pick = [-1 if item.text == prompt(q) else item.option for item, q in zip(part, questions)]
+    reading = likelihoods(f"read {name}", strong, prompts, completions, pick, config, stages)
+    if config.own != "judge" and name == "labelled":
+        stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
+    belief = scores(config, name, strong, part, questions, examples, reading, stages).softmax(1)
+    shown = torch.tensor([1 if config.own == "judge" else item.option for item in part])
+    own = (belief.argmax(1) == shown).float()                               # hard: 0 or 1 [D13]
+    return Elicited(belief, own, reading["prompt_state"], reading["item_state"])
+
+
+def right_option(config: Config, part: list[Item], questions: list[Question]) -> Tensor:
+    """(n,) the right answer's column of `belief`; beyond D_l it is hidden truth: for metrics only."""
+    if config.own == "judge":
+        return torch.tensor([item.label for item in part])
+    return torch.tensor([q.answer for q in questions])
+
+
+def own_right(config: Config, part: Part) -> Tensor:
+    """(n,) 1 where the strong model's own answer is right; beyond D_l for metrics only."""
+    return (part.belief.argmax(1) == right_option(config, part.items, part.questions)).float()
+
+
+class Prepared(NamedTuple):
+    """Steps 1 to 3 of one seed."""
+    labelled: Part      # D_l
+    learn: Part         # what P(IK), smoothing and trust may learn from: D_l less the groups of --shots examples
+    transfer: Part      # D_u
+    test: Part
+    weak_weights: str   # hash of the weak supervisor
+
+
+def prepare(config: Config, task, weak: Pretrained, strong: Pretrained, seed: int, stages: Stages) -> Prepared:
+    """Steps 1 to 3 for one seed."""
+    parts = split(config, task, seed, stages.tell)
+    picked = np.random.default_rng(seed).choice(len(parts.labelled), config.shots, replace=False)
+    examples = [Example(parts.labelled[i], parts.question[parts.labelled[i].question_id]) for i in picked]
+    in_prompt = {example.question.group for example in examples}
+    asked = [[parts.question[item.question_id] for item in part] for part in parts[:3]]
+    usable = torch.tensor([q.group not in in_prompt for q in asked[0]])
+    number_of = {group: i for i, group in enumerate(dict.fromkeys(q.group for q in asked[0]))}
+    fold = torch.tensor([number_of[q.group] % 5 for q in asked[0]])
     if len(fold[usable].unique()) < 2:
         raise DataError(f"D_l less the groups of --shots {config.shots} examples is too small to cross-fit "
                         "P(IK); give fewer examples, or more questions, in more groups")
-    said = elicit(config, strong, rows, asked, shots, stages, tell)
-    gold = answers(config, labelled, asked)
-    right = (said.belief[:n_l].argmax(1) == gold)[usable].double().mean()
-    tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions "
-         f"(one pass over {len(rows):,} questions)")
-    return Prepared(rows, asked, n_l, n_u, strong.tokenizer.encode(texts), truth, cross, half,
-                    supervisor["p"], hexed(supervisor), said.own, said.belief, gold, said.prompt, said.item,
-                    fold, usable)
+
+    supervised = supervise(config, weak, parts, task, seed, stages)
+    out = {}
+    for name, part, questions in zip(Split._fields, parts[:3], asked):
+        said = elicit(config, name, strong, part, questions, examples, stages)
+        tokens = strong.tokenizer.encode([item.text for item in part])
+        out[name] = Part(part, questions, tokens, getattr(supervised, name), said.own, said.belief,
+                         said.prompt_state, said.item_state)
+    out["labelled"] = out["labelled"]._replace(
+        truth=torch.tensor([float(item.label) for item in parts.labelled]),
+        gold=right_option(config, parts.labelled, asked[0]), fold=fold, half=supervised.half)
+    learn = take(out["labelled"], usable)
+    right = (learn.belief.argmax(1) == learn.gold).double().mean()
+    stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions")
+    return Prepared(learn=learn, weak_weights=supervised.weights, **out)
 
 
 # --------------------------------------------------------------------------------------------------- 4. P(IK)
@@ -251,11 +523,11 @@ class Probe(NamedTuple):
     weight: Tensor      # (C,)
     bias: Tensor        # ()
     l2: float           # penalty l2/2 |standardised weight|^2 beside the mean cross-entropy
-    held_out: Tensor    # (N,) out-of-fold probability of each training row (empty when l2 was given)
+    held_out: Tensor    # (n,) out-of-fold probability of each training row (empty when l2 was given)
     loss: float         # out-of-fold cross-entropy, nats (nan when l2 was given)
 
     def predict(self, features: Tensor) -> Tensor:
-        """features (N, C) -> (N,) probability, float64, where the features are."""
+        """features (n, C) -> (n,) probability, float64, where the features are."""
         w, b = self.weight.to(features.device), self.bias.to(features.device)
         return torch.sigmoid(features.double() @ w + b)
 
@@ -263,7 +535,7 @@ class Probe(NamedTuple):
 def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> Tensor:
     """argmin_w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, bias (last entry) unpenalised; gradient norm <= tol.
 
-    x (N, C + 1) float64, last column ones, y (N,) in [0, 1], w (C + 1,) start. Newton's method, each step by
+    x (n, C + 1) float64, last column ones, y (n,) in [0, 1], w (C + 1,) start. Newton's method, each step by
     conjugate gradients: a width of thousands costs matrix-vector products only. Raises if not converged."""
     penalty = torch.full_like(w, l2)
     penalty[-1] = 0
@@ -295,17 +567,16 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
     raise TrainError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
 
 
-def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
-              fold: Tensor | None = None) -> Probe:
+def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold: Tensor | None = None) -> Probe:
     """Linear probe: L2 logistic regression to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
 
-    features (N, C), target (N,) in [0, 1]; fold (N,) int: rows that share a fold are held out together
+    features (n, C), target (n,) in [0, 1]; fold (n,) int: rows that share a fold are held out together
     (groups must not straddle folds; default: five by position). l2=None: chosen of L2_GRID by held-out
-    cross-entropy, ties to the larger. Features are standardised inside, with mean and deviation (over N - 1)
+    cross-entropy, ties to the larger. Features are standardised inside, with mean and deviation (over n - 1)
     of all rows, held-out ones too: they are not labels; the returned weights apply to raw features."""
     x, y = features.double(), target.double()
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (N, C + 1)
+    x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)           # (n, C + 1)
     fold = torch.arange(len(x), device=x.device) % 5 if fold is None else fold.to(x.device)
     best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
     if l2 is None:
@@ -324,35 +595,47 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
 
 
 class Known(NamedTuple):
-    """Step 4: P(IK) of every row; on D_l out of fold where this probe was trained there."""
-    p_ik: Tensor        # (N,)
+    """Step 4: P(IK) of every question, (n,) float32 per part."""
+    learn: Tensor       # out of fold: the probe was trained on the other folds
+    transfer: Tensor
+    test: Tensor
     layer: int          # which of the R hidden states read
     probe: Probe
 
+    def predict(self, part: Part) -> Tensor:
+        """(n,) P(IK) of a part that took no part in training the probe."""
+        return self.probe.predict(part.prompt_state[:, self.layer]).float()
 
-def know(config: Config, prep: Prepared, rows: Tensor | None = None) -> Known:
-    """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l (or on some rows of
-    it); target: own answer right [D3]; layer and L2 by cross-validation on D_l, folds by group."""
-    belief = prep.belief[:prep.n_l]
-    target = ((belief.argmax(1) == prep.gold).double() if config.target == "hard"
-              else belief.gather(1, prep.gold[:, None])[:, 0])
-    use = (prep.usable if rows is None else prep.usable & rows).nonzero()[:, 0]
-    probes = [fit_probe(x.to(config.device), target[use].to(config.device), fold=prep.fold[use])
-              for x in prep.prompt[use].unbind(1)]
+
+def ik_target(config: Config, learn: Part) -> Tensor:
+    """(n,) float64, what P(IK) is trained on: own answer right or not, or the probability of the right one [D3]."""
+    if config.target == "hard":
+        return (learn.belief.argmax(1) == learn.gold).double()
+    return learn.belief.gather(1, learn.gold[:, None])[:, 0].double()
+
+
+def know(config: Config, prep: Prepared) -> Known:
+    """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l; layer and L2 by
+    cross-validation on D_l, folds by group."""
+    learn, target = prep.learn, ik_target(config, prep.learn).to(config.device)
+    probes = [fit_probe(state.to(config.device), target, fold=learn.fold) for state in learn.prompt_state.unbind(1)]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
-    p_ik = probes[layer].predict(prep.prompt[:, layer])
-    p_ik[use] = probes[layer].held_out.cpu()
-    return Known(p_ik.float(), layer, probes[layer])
+    known = Known(probes[layer].held_out.cpu().float(), None, None, layer, probes[layer])
+    return known._replace(transfer=known.predict(prep.transfer), test=known.predict(prep.test))
 
 
-# ---------------------------------------------------------------------------------------- 5. Route, 6. Smooth
+# --------------------------------------------------------------------------------------------------- 5. Route
 def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Tensor, Tensor]:
     """The selection (paper, abstract): own label where P(IK) >= tau, weak label elsewhere [D4].
 
-    All (N,); tau a float, compared in p_ik's dtype, or, for a per-item router, (N,). Returns (label (N,),
-    is_self (N,) bool)."""
+    All (n,); tau a float, compared in p_ik's dtype, or, for a per-item router, (n,). Returns (label (n,),
+    is_self (n,) bool)."""
     is_self = p_ik >= tau
     return torch.where(is_self, self_label, weak_label), is_self
+
+
+# -------------------------------------------------------------------------------------------------- 6. Smooth
+ALPHAS, KS = (0.3, 0.5, 0.7, 0.9, 0.97), (5, 10, 20, 50)
 
 
 def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -362,9 +645,9 @@ def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
-    """{(alpha, k): (N,)} from one neighbour list: the k nearest are the first k columns."""
+    """{(alpha, k): (n,)} from one neighbour list: the k nearest are the first k columns."""
     index, similarity = graph
-    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (N, 2)
+    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (n, 2)
     out = {}
     for k in ks:
         S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
@@ -377,16 +660,16 @@ def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float
 
 
 def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) -> Tensor:
-    """Smoothed P(y = 1) (N,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of the items' hidden states.
+    """Smoothed P(y = 1) (n,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of the items' hidden states.
 
-    features (N, C) hidden states at the item's last token, prior (N,) P(y = 1). alpha = 0: prior itself."""
+    features (n, C) hidden states at the item's last token, prior (n,) P(y = 1). alpha = 0: prior itself."""
     if alpha == 0:
         return prior
     return smoothed(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
 
 
 class Smoothing(NamedTuple):
-    """What was chosen on D_l, and the label accuracy there before and after."""
+    """What was chosen on D_l, and the label accuracy there before and after (None: nothing to choose by)."""
     layer: int          # column of the hidden states read
     alpha: float
     k: int
@@ -394,37 +677,44 @@ class Smoothing(NamedTuple):
     after: float | None
 
 
+def smoothed_by_half(features: Tensor, prior: Tensor, half: Tensor, alphas, ks, gamma: float) -> dict:
+    """{(alpha, k): (n,)}: each half of D_l on a graph of its own, as all labels of D_u come from one model; to
+    smooth two models' errors into each other flatters smoothing."""
+    out = {(alpha, k): prior.clone() for alpha in alphas for k in ks}
+    for h in half.unique():
+        rows = (half == h).nonzero()[:, 0]
+        graph = neighbours(features[rows.to(features.device)], max(ks))
+        for candidate, p in smoothed(graph, prior[rows], alphas, ks, gamma).items():
+            out[candidate][rows] = p
+    return out
+
+
 def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, half: Tensor,
                      config: Config) -> Smoothing:
     """alpha, k, layer that make the given rows' labels on D_l most accurate; alpha = 0 unless one does [D6].
 
-    features (N, R, C), prior (N,) with cross-fitted weak labels, truth (N,), rows (N,) bool: the rows that
-    would be smoothed; half (N,) int: which model labelled a row. Each half has a graph of its own, as all
-    labels of D_u come from one model: to smooth two models' errors into each other flatters smoothing. A
-    candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
-    the best of many noisy candidates looks better than it is."""
-    parts = [(half == h).nonzero()[:, 0] for h in half.unique()]
-    alphas = (0.3, 0.5, 0.7, 0.9, 0.97) if config.alpha == "auto" else (float(config.alpha),)
-    least = min(map(len, parts))
-    ks = tuple(k for k in (5, 10, 20, 50) if k < max(least, 6)) if config.k == "auto" else (config.k,)
-    if rows.sum() < 2 or least < 2:     # nothing to choose by
-        return Smoothing(0, 0.0 if config.alpha == "auto" else alphas[0], ks[0], None, None)
+    features (n, R, C), prior (n,) with cross-fitted weak labels, truth (n,), rows (n,) bool: the rows that
+    would be smoothed; half (n,) int: which model labelled a row. A candidate must beat no smoothing by two
+    standard errors of the paired difference, or smoothing stays off: the best of many noisy candidates looks
+    better than it is. A fixed --alpha is always used."""
+    auto = config.alpha == "auto"
+    alphas = ALPHAS if auto else (float(config.alpha),)
+    smallest = min(int((half == h).sum()) for h in half.unique())
+    ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)
+    if rows.sum() < 2 or smallest < 2:
+        return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
     right = ((prior > 0.5) == (truth > 0.5))[rows].double()
-    best = Smoothing(0, 0.0, ks[0], float(right.mean()), float(right.mean()))
+    before = float(right.mean())
+    best = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)
     if alphas == (0.0,):
-        return best
-    best = best if config.alpha == "auto" else best._replace(after=-1.0)    # a fixed alpha is always used
+        return best._replace(after=before)
     for layer in range(features.shape[1]):
-        found = {(alpha, k): prior.clone() for alpha in alphas for k in ks}
-        for part in parts:
-            graph = neighbours(features[part.to(features.device), layer], max(ks))
-            for candidate, p in smoothed(graph, prior[part], alphas, ks, config.gamma).items():
-                found[candidate][part] = p
-        for (alpha, k), p in found.items():
+        for (alpha, k), p in smoothed_by_half(features[:, layer], prior, half, alphas, ks, config.gamma).items():
             gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
-            bar = 2 * gain.std() / len(gain) ** 0.5 if config.alpha == "auto" else -2.0
-            if gain.mean() > bar and right.mean() + gain.mean() > best.after:
-                best = Smoothing(layer, alpha, k, float(right.mean()), float((right + gain).mean()))
+            clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+            after = float((right + gain).mean())
+            if clear and after > best.after:
+                best = Smoothing(layer, alpha, k, before, after)
     return best
 
 
@@ -440,23 +730,33 @@ class Selected(NamedTuple):
     chosen_alone: Smoothing
 
 
-def select(config: Config, prep: Prepared, p_ik: Tensor, tau: float | str | None = None) -> Selected:
-    """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u."""
-    L, U, weak = prep.usable.nonzero()[:, 0], prep.D_u, prep.weak[:prep.n_u]
-    tau = config.tau if tau is None else tau
-    tau = accuracy(prep.cross, prep.truth) if tau == "auto" else float(tau)                         # [D4]
-    routed, is_self = route(p_ik[U], prep.own[U], weak, tau)
-    cross, truth, half = prep.cross[prep.usable], prep.truth[prep.usable], prep.half[prep.usable]
-    routed_l, is_self_l = route(p_ik[L], prep.own[L], cross, tau)
+def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor,
+           tau: float | str | None = None) -> Selected:
+    """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u.
 
-    prior, prior_l = (routed, routed_l) if config.anchors else (weak, cross)                        # [D5]
-    item_l, item_u = prep.item[L].to(config.device), prep.item[U].to(config.device)
-    chosen = choose_smoothing(item_l, prior_l, truth, ~is_self_l, half, config)                     # [D6]
-    alone = choose_smoothing(item_l, cross, truth, torch.ones_like(is_self_l), half, config)
-    refined = smooth(item_u[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
-    smoothed_weak = smooth(item_u[:, alone.layer], weak, alone.alpha, alone.k, config.gamma)
-    selective = torch.where(is_self, prep.own[U], refined)
+    p_learn, p_transfer: P(IK) of prep.learn's and prep.transfer's rows; tau: in place of the configuration's."""
+    learn, transfer = prep.learn, prep.transfer
+    tau = config.tau if tau is None else tau
+    tau = accuracy(learn.weak, learn.truth) if tau == "auto" else float(tau)                        # [D4]
+    routed, is_self = route(p_transfer, transfer.own, transfer.weak, tau)
+    routed_learn, is_self_learn = route(p_learn, learn.own, learn.weak, tau)
+
+    prior, prior_learn = (routed, routed_learn) if config.anchors else (transfer.weak, learn.weak)  # [D5]
+    states, states_learn = transfer.item_state.to(config.device), learn.item_state.to(config.device)
+    every = torch.ones_like(is_self_learn)
+    chosen = choose_smoothing(states_learn, prior_learn, learn.truth, ~is_self_learn, learn.half, config)  # [D6]
+    alone = choose_smoothing(states_learn, learn.weak, learn.truth, every, learn.half, config)
+    refined = smooth(states[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
+    smoothed_weak = smooth(states[:, alone.layer], transfer.weak, alone.alpha, alone.k, config.gamma)
+    selective = torch.where(is_self, transfer.own, refined)
     return Selected(tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone)
+
+
+def homophily(transfer: Part, chosen: Smoothing) -> float:
+    """Share of neighbours on the graph of D_u that share the truth; for metrics."""
+    index, _ = neighbours(transfer.item_state[:, chosen.layer], chosen.k)
+    truth = hidden_truth(transfer)
+    return float((truth[index] == truth[:, None]).double().mean())
 
 
 # ------------------------------------------------------------------------------------------------ 7. Students
@@ -481,137 +781,145 @@ def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
 def surer_half(weak: Tensor) -> Tensor:
     """Indices of the more confident half of each predicted class, so that class balance survives [D10]."""
     sure = (weak - 0.5).abs()
-    classes = ((weak > 0.5).nonzero()[:, 0], (weak <= 0.5).nonzero()[:, 0])
-    surer = [c[sure[c].argsort(descending=True, stable=True)[:(len(c) + 1) // 2]] for c in classes]
-    return torch.cat(surer).sort().values
+    keep = []
+    for of_class in ((weak > 0.5).nonzero()[:, 0], (weak <= 0.5).nonzero()[:, 0]):
+        surest = sure[of_class].argsort(descending=True, stable=True)
+        keep.append(of_class[surest[:(len(of_class) + 1) // 2]])
+    return torch.cat(keep).sort().values
 
 
 def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
-    """Per-item router, the symmetric form: own label where P(IK) >= P(weak right), a second linear probe."""
-    U, L = prep.D_u, prep.usable.nonzero()[:, 0]
-    right = ((prep.cross > 0.5) == (prep.truth > 0.5))[L]
-    probe = fit_probe(prep.item[L, -1], right.double(), fold=prep.fold[L])
-    return route(p_ik[U], prep.own[U], prep.weak[:prep.n_u], probe.predict(prep.item[U, -1]))[0]
+    """Per-item router, the symmetric form: own label where P(IK) (n_u,) >= P(weak right), a second probe."""
+    learn, transfer = prep.learn, prep.transfer
+    right = (learn.weak > 0.5) == (learn.truth > 0.5)
+    probe = fit_probe(learn.item_state[:, -1], right.double(), fold=learn.fold)
+    return route(p_ik, transfer.own, transfer.weak, probe.predict(transfer.item_state[:, -1]))[0]
 
 
-def all_truth(prep: Prepared) -> Tensor:
-    """(N,) ground truth of every item: for the ceiling, the oracle and the metrics only."""
-    return torch.tensor([float(item.label) for item in prep.rows])
+def oracle(config: Config, prep: Prepared) -> Tensor:
+    """The method's labels with a router that knows where the own label is right: not attainable."""
+    knows = [(part.own == hidden_truth(part)).float() for part in (prep.learn, prep.transfer)]
+    return select(config, prep, *knows, tau=0.5).selective
 
 
-def hidden_truth(prep: Prepared) -> Tensor:
-    """(n_u,) ground truth of D_u: for the ceiling and the metrics."""
-    return all_truth(prep)[prep.D_u]
+class Student(NamedTuple):
+    """A method's outcome."""
+    labels: Tensor | None       # (n_u,) what it was trained on, where it was trained on all of D_u
+    transfer: Tensor            # (n_u,) P(y = 1)
+    test: Tensor                # (n_test,) P(y = 1)
+    weights: str                # hash of the trained tensors
 
 
-def oracle_p_ik(prep: Prepared) -> Tensor:
-    """(N,) 1 where the own label agrees with the truth, of D_u too: the oracle's P(IK)."""
-    return (prep.own == all_truth(prep)).float()
-
-
-def students(config: Config, prep: Prepared, s: Selected, p_ik: Tensor, strong: Side, seed: int,
-             stages: Stages, tell):
-    """7. The pretrained strong model finetuned on each label set: {method: (labels, P(y = 1), weights)}."""
-    U, weak, own = torch.arange(len(prep.rows))[prep.D_u], prep.weak[:prep.n_u], prep.own[prep.D_u]
-    recipes = {     # name: (training rows, their targets, rule: target from student and weak probability)
-        "ceiling": lambda: (U, hidden_truth(prep), None),
-        "naive": lambda: (U, weak, None),
-        "logconf": lambda: (U, weak, log_confidence),
-        "product": lambda: (U, weak, product),
-        "confidence-only": lambda: (U[surer_half(weak)], weak[surer_half(weak)], None),
-        "self-only": lambda: (U, own, None),                                # tau = 0
-        "strong-on-D_l": lambda: (torch.arange(prep.n_l), prep.truth, None),
-        "graph-only": lambda: (U, s.smoothed_weak, None),                   # tau > 1
-        "route-only": lambda: (U, s.routed, None),                          # alpha = 0
-        "selective": lambda: (U, s.selective, None),
-        "trust": lambda: (U, trust(prep, p_ik), None),
-        "chain": lambda: (U, student("naive")[1][:prep.n_u], None),         # weak -> student -> student
-        "oracle": lambda: (U, select(config, prep, oracle_p_ik(prep), tau=0.5).selective, None),
-    }
-
-    def student(name):
-        rows, targets, rule = recipes[name]()
-        out = trained(name, strong, [prep.ids[i] for i in rows], targets, prep.ids[prep.n_l:], config, seed,
-                      stages, rule)
-        return targets if rows is U else None, out["p"], hexed(out)
-
-    done = {"weak": (weak, prep.weak, prep.weak_weights)}
-    for name in config.methods:
-        if name != "weak":
-            done[name] = student(name)
-            tell(f"7 student  {name}")
-    return {name: done[name] for name in config.methods}
+def student(method: str, config: Config, prep: Prepared, s: Selected, p_ik: Tensor, strong: Pretrained, seed: int,
+            stages: Stages) -> Student:
+    """7. The pretrained strong model finetuned on one label set; p_ik (n_u,)."""
+    transfer, weak, rule = prep.transfer, prep.transfer.weak, None
+    tokens = transfer.tokens
+    match method:
+        case "ceiling":
+            targets = hidden_truth(transfer)
+        case "naive":
+            targets = weak
+        case "logconf":
+            targets, rule = weak, log_confidence
+        case "product":
+            targets, rule = weak, product
+        case "confidence-only":
+            rows = surer_half(weak)
+            tokens, targets = [transfer.tokens[i] for i in rows], weak[rows]
+        case "self-only":           # tau = 0
+            targets = transfer.own
+        case "strong-on-D_l":
+            tokens, targets = prep.labelled.tokens, prep.labelled.truth
+        case "graph-only":          # tau > 1
+            targets = s.smoothed_weak
+        case "route-only":          # alpha = 0
+            targets = s.routed
+        case "selective":
+            targets = s.selective
+        case "trust":
+            targets = trust(prep, p_ik)
+        case "chain":               # weak -> student -> student
+            targets = student("naive", config, prep, s, p_ik, strong, seed, stages).transfer
+        case "oracle":
+            targets = oracle(config, prep)
+    out = finetuned(method, strong, tokens, targets, [transfer.tokens, prep.test.tokens], config, seed, stages, rule)
+    return Student(targets if tokens is transfer.tokens else None, *out.p, out.weights)
 
 
 # -------------------------------------------------------------------------------------------------- 8. Report
-def one_seed(config: Config, task, weak: Side, strong: Side, seed: int, stages: Stages, tell) -> dict:
+def part_arrays(config: Config, part: Part, p_ik: Tensor, students: dict[str, Tensor]) -> dict:
+    """A part as items.npz has it; here metrics may read the hidden truth."""
+    arrays = {"truth": hidden_truth(part), "own": part.own, "own_p": part.belief.amax(1).float(),
+              "own_right": own_right(config, part), "p_ik": p_ik,
+              **{f"p/{method}": p for method, p in students.items()}}
+    return {"id": np.array([item.id for item in part.items]),
+            "group": np.array([q.group for q in part.questions]),
+            **{name: x.numpy() for name, x in arrays.items()}}
+
+
+def record(config: Config, prep: Prepared, known: Known, s: Selected, done: dict[str, Student], seed: int) -> dict:
+    """One seed's arrays and choices, as named in items.npz and result.json."""
+    n_l, n_u, n_test = (len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
+    transfer = part_arrays(config, prep.transfer, known.transfer, {m: out.transfer for m, out in done.items()})
+    transfer |= {"weak": prep.transfer.weak.numpy(), "is_self": s.is_self.numpy(), "refined": s.refined.numpy(),
+                 "smoothed_weak": s.smoothed_weak.numpy()}
+    for method, out in done.items():
+        if out.labels is not None:
+            transfer[f"label/{method}"] = out.labels.numpy()
+    return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2,
+            "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
+            "homophily": homophily(prep.transfer, s.chosen_alone),
+            "weights": {method: out.weights for method, out in done.items()},
+            "n": {"labelled": n_l, "transfer": n_u, "test": n_test},
+            "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
+            "transfer": transfer,
+            "test": part_arrays(config, prep.test, known.test, {m: out.test for m, out in done.items()})}
+
+
+def one_seed(config: Config, task, weak: Pretrained, strong: Pretrained, seed: int, stages: Stages) -> dict:
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
-    prep = prepare(config, task, weak, strong, seed, stages, tell)
+    tell = stages.tell
+    prep = prepare(config, task, weak, strong, seed, stages)
     known = know(config, prep)
-    right = (prep.belief[:prep.n_l].argmax(1) == prep.gold).double()
-    tell(f"4 P(IK)    held-out AUROC on D_l "
-         f"{auroc(known.p_ik[:prep.n_l][prep.usable], right[prep.usable]) or float('nan'):.3f} "
-         f"(layer read {known.layer + 1} of {prep.prompt.shape[1]}, l2 {known.probe.l2:g})")
-    s = select(config, prep, known.p_ik)
-    c = s.chosen
+    area = auroc(known.learn, (prep.learn.belief.argmax(1) == prep.learn.gold).double())
+    tell(f"4 P(IK)    held-out AUROC on D_l {float('nan') if area is None else area:.3f} (layer read "
+         f"{known.layer + 1} of {prep.learn.prompt_state.shape[1]}, l2 {known.probe.l2:g})")
+    s = select(config, prep, known.learn, known.transfer)
     tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
-    tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}" if c.before is None else
-         f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
-         f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
-    done = students(config, prep, s, known.p_ik, strong, seed, stages, tell)
+    c = s.chosen
+    if c.before is None:
+        tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}")
+    else:
+        tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
+             f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
+    done = {"weak": Student(prep.transfer.weak, prep.transfer.weak, prep.test.weak, prep.weak_weights)}
+    for method in config.methods:
+        if method != "weak":
+            done[method] = student(method, config, prep, s, known.transfer, strong, seed, stages)
+            tell(f"7 student  {method}")
     return record(config, prep, known, s, done, seed)
 
 
-def judged_right(config: Config, prep: Prepared) -> Tensor:
-    """(N,) 1 where the strong model's own answer is right; for metrics."""
-    return (prep.belief.argmax(1) == answers(config, prep.rows, prep.questions)).float()
-
-
-def homophily(prep: Prepared, chosen: Smoothing) -> float:
-    """Share of neighbours on the graph of D_u that share the truth; for metrics."""
-    index, _ = neighbours(prep.item[prep.D_u, chosen.layer], chosen.k)
-    return float((hidden_truth(prep)[index] == hidden_truth(prep)[:, None]).double().mean())
-
-
-def record(config: Config, prep: Prepared, known: Known, s: Selected, done: dict, seed: int) -> dict:
-    """One seed's arrays and choices, as named in items.npz, result.json; here metrics may read the truth."""
-    n_l, n_u = prep.n_l, prep.n_u
-    own_right, truth = judged_right(config, prep), all_truth(prep)
-
-    def part(a, b, extra):
-        arrays = {"truth": truth[a:b], "own": prep.own[a:b], "own_p": prep.belief[a:b].amax(1).float(),
-                  "own_right": own_right[a:b], "p_ik": known.p_ik[a:b], **extra,
-                  **{f"p/{name}": out[1][a - n_l:b - n_l] for name, out in done.items()}}
-        ids = np.array([row.id for row in prep.rows[a:b]])
-        group = np.array([q.group for q in prep.questions[a:b]])
-        return {"id": ids, "group": group} | {key: x.numpy() for key, x in arrays.items()}
-    labels = {f"label/{name}": out[0] for name, out in done.items() if out[0] is not None}
-    sources = {"weak": prep.weak[:n_u], "is_self": s.is_self, "refined": s.refined,
-               "smoothed_weak": s.smoothed_weak}
-    return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2,
-            "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
-            "homophily": homophily(prep, s.chosen_alone),
-            "weights": {name: out[2] for name, out in done.items()},
-            "n": {"labelled": n_l, "transfer": n_u, "test": len(prep.rows) - n_l - n_u},
-            "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
-            "transfer": part(n_l, n_l + n_u, sources | labels), "test": part(n_l + n_u, len(prep.rows), {})}
-
-
-def fitted(task, sides, config: Config, tell) -> tuple:
+def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
     """The task as both models can read it, and how many of its questions had to be changed for that."""
-    room = min(1024, *(side.model.config.context for side in sides))
-    task, counts = fit(task, [side.tokenizer.encode for side in sides], room,
+    room = min(1024, *(model.network.config.context for model in models))
+    task, counts = fit(task, [model.tokenizer.encode for model in models], room,
                        apart=config.protocol == "paper", limit=config.limit)
-    tell(f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions" +
-         (" (synthetic world, see data/world.py)" if task.name in DEMO else "") +
-         (f"; {counts['left_out']} of train left out: test has them" if counts["left_out"] else "") +
-         (f"; {counts['cut']} contexts cut to fit {room} tokens" if counts["cut"] else ""))
+    line = f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions"
+    if task.name in DEMO:
+        line += " (synthetic world, see data/world.py)"
+    if counts["left_out"]:
+        line += f"; {counts['left_out']} of train left out: test has them"
+    if counts["cut"]:
+        line += f"; {counts['cut']} contexts cut to fit {room} tokens"
+    tell(line)
     return task, counts
 
 
 def run(config: Config) -> dict:
     """The method for all seeds; writes <out>/<task>/<run id>/{items.npz, result.json}, returns the result."""
-    start, cuda = time.perf_counter(), config.device.startswith("cuda")
+    start = time.perf_counter()
 
     def tell(line: str):
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
@@ -619,21 +927,20 @@ def run(config: Config) -> dict:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--out {config.out}: {error.strerror}; choose another folder") from None
-    if cuda:
+    if config.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    print(shown(config))
+    print(described(config))
     task = load_task(config.task, data_dir=config.data_dir or None)
-    weak = open_side(config.weak or str(HERE / "data/demo/weak"), config)
-    strong = open_side(config.strong or str(HERE / "data/demo/strong"), config)
+    weak = pretrained(config.weak or str(HERE / "data/demo/weak"), config)
+    strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config)
     task, counts = fitted(task, (weak, strong), config, tell)
     stages = Stages(Path(config.out) / "cache", tell, config.device)
-    runs = []
-    for seed in config.seeds:
-        runs.append(one_seed(config, task, weak, strong, seed, stages, tell))
+    runs = [one_seed(config, task, weak, strong, seed, stages) for seed in config.seeds]
     analysis = None
     if config.analysis:
-        analysis = analyse(sys.modules[__name__], config, task, weak, strong, stages, tell)
+        from data.results.analyses import analyse       # here, as it asks for this module's steps
+        analysis = analyse(config, task, weak, strong, stages)
     folder, result = write(config, task, counts, {"weak": weak, "strong": strong}, stages, runs, analysis,
                            time.perf_counter() - start)
     try:
@@ -645,11 +952,40 @@ def run(config: Config) -> dict:
     return result
 
 
+INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
+
+
+def rerun(config: Config) -> None:
+    """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what
+    differs of the inputs (code, data, models, environment), where to look."""
+    try:
+        old = json.loads(Path(config.rerun).read_text("utf-8"))
+        recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
+        fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
+        again = Config(**recorded | {"out": fresh, "data_dir": config.data_dir or recorded["data_dir"]})
+        methods, before = dict(old["metrics"]["methods"].items()), {part: old[part] for part in INPUTS}
+        if line := problem(again):
+            raise ValueError(line)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
+    new = json.loads(json.dumps(run(again)))
+    moved = [part for part in INPUTS if before[part] != new[part]]
+    after = new["metrics"]["methods"]
+    differ = [name for name in after | methods if methods.get(name) != after.get(name)]
+    if old["analysis"] != new["analysis"]:
+        differ.append("the analysis")
+    if differ:
+        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
+                        f"differing inputs: {', '.join(moved) or 'none'}")
+    print(f"the same as {config.rerun} in every metric and weight"
+          + (f", though {', '.join(moved)} differ" if moved else ""))
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
     try:
         config = parse(argv)
-        rerun(config, run) if config.rerun else run(config)
+        rerun(config) if config.rerun else run(config)
         return 0
     except (LoadError, DataError, TrainError) as error:
         print(f"selw2s: {error}", file=sys.stderr)
@@ -664,10 +1000,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nselw2s: interrupted; finished stages are kept: start the same command again",
-              file=sys.stderr)
+        print("\nselw2s: interrupted; finished stages are kept: start the same command again", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

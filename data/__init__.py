@@ -39,9 +39,9 @@ class Question(NamedTuple):
 class Item(NamedTuple):
     id: str                     # "{question_id}/{option}"
     question_id: str
-    text: str
-    option: int                 # index of the candidate shown; -1: yes/no, the question is the item
-    label: int                  # ground truth, 0 or 1
+    text: str                   # ends in the candidate; a yes/no question is itself the item
+    option: int                 # index of the candidate shown; of a yes/no question always 1, "yes"
+    label: int                  # ground truth: 1 if that option is right, else 0
 
 
 class Task(NamedTuple):
@@ -54,8 +54,10 @@ class Task(NamedTuple):
 
 def prompt(question: Question) -> str:
     """The question before any candidate, in the format of the public code; its structure says which."""
-    if question.options == YES_NO:                                              # BoolQ
-        return f"Passage: {question.context}\n" * bool(question.context) + f"Question: {question.question}"
+    if question.options == YES_NO and question.context:                         # BoolQ
+        return f"Passage: {question.context}\nQuestion: {question.question}"
+    if question.options == YES_NO:
+        return f"Question: {question.question}"
     if question.context:                                                        # CosmosQA
         return f"Context: {question.context}\nQuestion: {question.question}\nAnswer:"
     return f"Q: {question.question} A:"                                         # SciQ
@@ -72,6 +74,18 @@ def permutation(n: int, seed: int):
     return np.random.default_rng(seed).permutation(n)
 
 
+def candidate(q: Question, protocol: str, rng: random.Random) -> int:
+    """The option shown; one random() for a question, one choice() where a wrong one is shown, in the public
+    code's order of draws."""
+    right = q.options[q.answer]
+    never = protocol == "openai" and NONE_OF_THE_ABOVE in right     # draws no random() [D7]
+    if not never and rng.random() < 0.5:
+        return q.answer
+    # An option that repeats the right one's text is not wrong, but to the public code's SciQ it is.
+    repeats = protocol == "openai" and not q.context
+    return rng.choice([i for i, text in enumerate(q.options) if i != q.answer and (repeats or text != right)])
+
+
 def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
     """One binary item per question; same questions and seed, same items, in every process.
 
@@ -81,18 +95,12 @@ def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
     openai: unbalanced; "None of the above" is not shown where it is right; shuffled like the public code."""
     assert protocol in ("paper", "openai"), protocol
     rng, pool = random.Random(seed), []
-    for q in questions:         # one random() each, one choice() per negative: the public order of draws
-        option, label = -1, q.answer
+    for q in questions:
+        option, text = 1, prompt(q)
         if q.options != YES_NO:
-            right = q.options[q.answer]
-            never = protocol == "openai" and NONE_OF_THE_ABOVE in right         # draws no random() [D7]
-            label = 0 if never else int(rng.random() < 0.5)
-            # An option that repeats the right one's text is not wrong, but to the public code's SciQ it is.
-            repeats = protocol == "openai" and not q.context
-            wrong = [i for i, text in enumerate(q.options) if i != q.answer and (repeats or text != right)]
-            option = q.answer if label else rng.choice(wrong)
-        text = prompt(q) + (completion(q, option) if option >= 0 else "")
-        pool.append(Item(f"{q.id}/{option}", q.id, text, option, label))
+            option = candidate(q, protocol, rng)
+            text += completion(q, option)
+        pool.append(Item(f"{q.id}/{option}", q.id, text, option, int(option == q.answer)))
     if len({item.label for item in pool}) < 2:
         raise DataError(f"these {len(pool)} items lack a label, 0 or 1; give more questions, of both answers")
     if protocol == "openai":                                                    # Dataset.shuffle(seed)
@@ -177,9 +185,9 @@ def load_task(name: str, *, data_dir: str | None = None) -> Task:
     data_dir: where official files lie or are downloaded to; else $SELW2S_DATA, else ~/.cache/selw2s."""
     from data import jsonl, official, world      # here, because they import this module
     if name.endswith(".jsonl"):
-        task = jsonl.read(name)
+        task = jsonl.load(name)
     elif name in OFFICIAL:
-        task = official.read(name, data_dir)
+        task = official.load(name, data_dir)
     elif name in DEMO:
         task = world.task("demo-sciq" if name == "demo" else name)
     else:

@@ -72,7 +72,7 @@ def _question(row: dict, name: str) -> Question:
     return question
 
 
-def read(path: str) -> Task:
+def load(path: str) -> Task:
     """The task in a .jsonl file, in the file's order; raises DataError."""
     try:
         content = Path(path).read_bytes()

@@ -135,7 +135,7 @@ def cosmosqa(split: str, data_dir: str | None = None) -> Iterable[Row]:
         yield Question(name, "", row["context"], row["question"], options, int(row["label"])), keys
 
 
-def read(name: str, data_dir: str | None = None) -> Task:
+def load(name: str, data_dir: str | None = None) -> Task:
     """A benchmark in the files' order; groups span training and test questions. Raises DataError."""
     reader, held_out, licence = {"sciq": (sciq, "test", "CC BY-NC 3.0"),
                                  "boolq": (boolq, "dev", "CC BY-SA 3.0"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import selw2s as s
-from data import report as r
-from data.stages import digest
+from data.results import report as r
+from data.cache import digest
 
 
 def close(a, b, tol=1e-12):

@@ -21,7 +21,7 @@ BOMB = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import selw2s
-from data import stages
+from data import cache
 calls, real_save, real_replace = [0], stages.save_file, os.replace
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

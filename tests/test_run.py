@@ -12,7 +12,7 @@ import torch
 
 import selw2s
 from conftest import ROOT
-from data.config import METHOD_NAMES
+from selw2s import METHODS
 
 
 def go(tiny, out, *more):
@@ -37,7 +37,7 @@ def full(tiny, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- honesty rules
 def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
-    methods = ("--methods", *(m for m in METHOD_NAMES if m != "oracle"))
+    methods = ("--methods", *(m for m in METHODS if m != "oracle"))
     clean = go(tiny, tmp_path / "clean", *methods)
     task = selw2s.load_task(tiny[1])
     drawn = selw2s.items(task.train, protocol="paper", seed=0)
@@ -239,7 +239,7 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
 
 def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
     """Its answer stood in the prompt: it is kept from P(IK), the choice of smoothing and the trust probe."""
-    from data.stages import Stages
+    from data.cache import Stages
     config = selw2s.parse([*tiny, "--shots", "4", "--out", str(tmp_path)])
     sides, told = [selw2s.open_side(tiny[i], config) for i in (3, 5)], []
     task = selw2s.load_task(tiny[1])
@@ -270,7 +270,7 @@ def test_a_judged_yes_no_item_shows_the_candidate_yes(tiny, tmp_path):
     file.write_text("".join(js.dumps(line) + "\n" for line in lines))
     told, flags = [], ["--own", "judge", "--out", str(tmp_path)]
     config = selw2s.parse(["--task", str(file), *tiny[2:], *flags])
-    from data.stages import Stages
+    from data.cache import Stages
     sides = [selw2s.open_side(tiny[i], config) for i in (3, 5)]
     stages = Stages(tmp_path / "cache", told.append)
     p = selw2s.prepare(config, selw2s.load_task(str(file)), *sides, 0, stages, told.append)
@@ -335,7 +335,7 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
     """--own pmi takes an option's likelihood after "A:" alone, a yes or no's after "Question:", from its
     score [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
     from data import Item, Question
-    from data.stages import Stages
+    from data.cache import Stages
     from model import hidden_at
     config = selw2s.parse([*tiny, "--own", "pmi", "--out", str(tmp_path)])
     strong = selw2s.open_side(tiny[5], config)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.report import mean_of
+from data.results.report import mean_of
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
 
@@ -18,9 +18,9 @@ def figures(folder) -> list[str]:
                             "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none"}
     folder = Path(folder)
     result = json.loads((folder / "result.json").read_text("utf-8"))
-    n, seeds = result["metrics"]["test_items"], len(result["seeds"])
-    synthetic = "synthetic demo world, " if result["data"]["name"].startswith("demo") else ""
-    caption = (f"{result['data']['name']}: {synthetic}{n:,} test items, {seeds} seed{'s' * (seeds > 1)}\n"
+    n, seeds = result["metrics"]["test_items"], result["config"]["seeds"]
+    world = "synthetic demo world, " if result["data"]["name"].startswith("demo") else ""
+    caption = (f"{result['data']['name']}: {world}{n:,} test items, seeds {' '.join(map(str, seeds))}\n"
                f"{result['command']}")
     drawn = {"main.svg": draw_main, "p_ik.svg": draw_p_ik, "labels.svg": draw_labels}
     if "selective" in result["metrics"]["methods"]:
@@ -40,8 +40,10 @@ def draw_pipeline(plt, result):
     """The method's steps with the counts of this run on its arrows, means over seeds."""
     seeds, methods = result["seeds"], result["metrics"]["methods"]
     d = [seed["diagnostics"] for seed in seeds]
-    n = {part: round(np.mean([seed["n"][part] for seed in seeds])) for part in seeds[0]["n"]}
-    part = lambda source, rows: mean_of([x["label_accuracy"][source] for x in d], rows)     # noqa: E731
+    n = {name: round(np.mean([seed["n"][name] for seed in seeds])) for name in seeds[0]["n"]}
+
+    def part(source, rows):
+        return mean_of([x["label_accuracy"][source] for x in d], rows)
     routed = mean_of(d, "coverage")
     own = mean_of([x["p_ik"]["transfer"] for x in d], "own_right")
     auc = mean_of([x["p_ik"]["transfer"] for x in d], "auroc")
@@ -188,7 +190,8 @@ def draw_sweep(plt, result):
         chosen = {title.split()[1]: row for title, row in rows.items()
                   if title.split()[0] == flag.strip() and title.endswith(how)}
         keys = [("label_accuracy", ORANGE, "^", "labels right"), ("accuracy", BLUE, "o", "student right")]
-        keys += [("homophily", "black", "s", "homophily")] * (flag == "k")
+        if flag == "k":
+            keys.append(("homophily", "black", "s", "homophily"))
         for key, colour, mark, label in keys:
             for i, metrics in enumerate(chosen.values()):
                 ax.plot([i] * len(metrics), [m[key] for m in metrics], mark, color=colour, alpha=0.3,

@@ -80,7 +80,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import graph  # noqa: E402
 import model as M  # noqa: E402
 import selw2s  # noqa: E402
-from data import report  # noqa: E402
+from data.results import report  # noqa: E402
 
 CONFIGS = {
     "gpt2": dict(vocab_size=53, n_positions=32, n_embd=24, n_layer=2, n_head=3, layer_norm_epsilon=1e-3,

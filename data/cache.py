@@ -16,11 +16,12 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-NETWORKS = Path(__file__).resolve().parent.parent / "model.py"       # the source that every stage runs
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = [ROOT / name for name in ("model.py", "data/families.py", "data/tokens.py")]     # the source that every stage runs
 
 
 def digest(*parts) -> str:
@@ -36,51 +37,67 @@ def digest(*parts) -> str:
 
 
 class Stages:
-    """stages(...) gives a stage's tensors: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors."""
+    """stages(...) gives a stage's values: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors.
+
+    tell(line) prints a line of the run; log has a record per stage asked for: name, cached, key, seconds ..."""
 
     def __init__(self, directory: Path, tell: Callable[[str], None], device: str = "cpu"):
         self.directory, self.tell, self.device, self.log = directory, tell, device, []
         gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
-        self.source = digest(NETWORKS.read_text("utf-8"), torch.__version__, torch.get_num_threads(), *gpu)
+        sources = [path.read_text("utf-8") for path in NETWORK]
+        self.source = digest(sources, torch.__version__, torch.get_num_threads(), *gpu)
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
-            if left.suffix != ".unfinished" and time.time() - left.stat().st_mtime > 86400:
+            if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
-    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
-                 **work) -> dict[str, Tensor]:
-        """compute(path) -> tensors, or the stored ones; it may keep its state in path, removed at the end.
+    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[], dict], **work) -> dict:
+        """compute() -> {name: tensor or text}, or the stored ones, texts from the file's metadata.
+
         name and work (steps, tokens: numbers for the log) do not enter the key."""
         path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
-        unfinished = path.with_name(f".{path.stem}.unfinished")
         if path.exists():
             try:
-                tensors = load_file(path)
-                record = json.loads(bytes(tensors.pop("record").tolist()))
-                if record.pop("sha256") != digest(*chain(*sorted(tensors.items()))):
-                    raise SafetensorError("its checksum differs")
+                values, record = stored(path)
                 self.log.append({"name": name, "cached": True, "key": path.stem[-12:], **record})
-                return tensors
+                return values
             except (SafetensorError, KeyError, ValueError) as error:
                 self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
         start = time.perf_counter()
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
-        tensors = {key: value.contiguous() for key, value in compute(unfinished).items()}
+        values = compute()
         record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(self.device), **work}
         if "tokens" in work:
             record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
         self.log.append({"name": name, "cached": False, "key": path.stem[-12:], **record})
-        record["sha256"] = digest(*chain(*sorted(tensors.items())))
-        blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({**tensors, "record": blob}, temporary)
-            os.replace(temporary, path)
-            unfinished.unlink(missing_ok=True)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return tensors
+        store(path, values, record)
+        return values
+
+
+def store(path: Path, values: dict, record: dict) -> None:
+    """Values of a stage and its record as a safetensors file, whole or not at all."""
+    tensors = {name: x.contiguous() for name, x in values.items() if isinstance(x, Tensor)}
+    texts = {name: x for name, x in values.items() if name not in tensors}
+    metadata = {"record": json.dumps(record), "texts": json.dumps(texts)}
+    metadata["sha256"] = digest(metadata["record"], metadata["texts"], *chain(*sorted(tensors.items())))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stored(path: Path) -> tuple[dict, dict]:
+    """Values and record of a stage's file; SafetensorError, KeyError or ValueError if it is damaged."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    content = digest(metadata["record"], metadata["texts"], *chain(*sorted(tensors.items())))
+    if content != metadata["sha256"]:
+        raise SafetensorError("its checksum differs")
+    return tensors | json.loads(metadata["texts"]), json.loads(metadata["record"])
 
 
 def peak_gb(device: str) -> float:

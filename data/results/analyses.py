@@ -1,0 +1,140 @@
+"""What P(IK) does beyond one task: --analysis cross-task, difficulty, sweep (paper, abstract).
+
+Each analysis gives {row title: [metrics of each seed]} and asks for the steps of selw2s, which imports
+nothing from here before a run needs it.
+"""
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import torch
+
+from data import DEMO, OFFICIAL, load_task
+from data.results.report import accuracy, auroc, ece, mean_of
+
+
+def student_metrics(config, prep, p_learn, p_transfer, strong, seed: int, stages,
+                    method: str = "selective") -> dict:
+    """Metrics of one student on prep's data with the given P(IK) of D_l and D_u, and of what went into it."""
+    import selw2s
+    s = selw2s.select(config, prep, p_learn, p_transfer)
+    out = selw2s.student(method, replace(config, keep=""), prep, s, p_transfer, strong, seed, stages)
+    right, truth = selw2s.own_right(config, prep.transfer), selw2s.hidden_truth(prep.transfer)
+    return {"seed": seed, "auroc": auroc(p_transfer, right), "ece": ece(p_transfer, right), "tau": s.tau,
+            "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(out.labels, truth),
+            "homophily": selw2s.homophily(prep.transfer, s.chosen_alone),
+            "accuracy": accuracy(out.test, selw2s.hidden_truth(prep.test))}
+
+
+def cross_task(config, tasks: dict, weak, strong, stages) -> dict:
+    """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}."""
+    import selw2s
+    out = {}
+    for seed in config.seeds:
+        prepared, known = {}, {}
+        for name, task in tasks.items():
+            mine = config if name == config.task else replace(config, keep="")
+            prepared[name] = selw2s.prepare(mine, task, weak, strong, seed, stages)
+            known[name] = selw2s.know(config, prepared[name])
+        for a, b in product(tasks, tasks):
+            p = [known[b].learn, known[b].transfer]
+            if a != b:      # D_l of b took no part in this probe: nothing is held out
+                p = [known[a].predict(part) for part in (prepared[b].learn, prepared[b].transfer)]
+            metrics = student_metrics(config, prepared[b], *p, strong, seed, stages)
+            out.setdefault(f"{a} -> {b}", []).append(metrics)
+    return out
+
+
+def difficulty(config, tasks: dict, weak, strong, stages) -> dict:
+    """P(IK) trained on the easy or hard half of D_l, measured on both halves of D_u (paper, abstract).
+
+    Difficulty: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
+    import selw2s
+    out = {}
+    for seed in config.seeds:
+        prep = selw2s.prepare(config, tasks[config.task], weak, strong, seed, stages)
+        easy = [easier_half(config, part) for part in (prep.learn, prep.transfer)]
+        right = selw2s.own_right(config, prep.transfer)
+        for name, rows in (("all", None), ("easy", easy[0]), ("hard", ~easy[0])):
+            p_learn, p_transfer = known_from(config, prep, rows)
+            metrics = student_metrics(config, prep, p_learn, p_transfer, strong, seed, stages)
+            for half, at in (("easy", easy[1]), ("hard", ~easy[1])):
+                metrics[f"auroc_on_{half}"] = auroc(p_transfer[at], right[at])
+                metrics[f"ece_on_{half}"] = ece(p_transfer[at], right[at])
+            out.setdefault(f"trained on {name}", []).append(metrics)
+    return out
+
+
+def known_from(config, prep, rows):
+    """P(IK) of D_l and D_u from a probe trained on some rows (n_l,) bool of D_l, None: on all of it."""
+    import selw2s
+    if rows is None:
+        known = selw2s.know(config, prep)
+        return known.learn, known.transfer
+    known = selw2s.know(config, prep._replace(learn=selw2s.take(prep.learn, rows)))
+    p_learn = known.predict(prep.learn)
+    p_learn[rows] = known.learn         # there out of fold
+    return p_learn, known.transfer
+
+
+def easier_half(config, part):
+    """(n,) bool; by rank, as p may be 1 for most."""
+    import selw2s
+    truth = selw2s.hidden_truth(part)
+    if config.difficulty == "weak":
+        p_gold = torch.where(truth > 0.5, part.weak, 1 - part.weak)
+    else:
+        p_gold = part.belief.gather(1, selw2s.right_option(config, part.items, part.questions)[:, None])[:, 0]
+    return p_gold.argsort(stable=True).argsort() >= (len(p_gold) + 1) // 2
+
+
+def sweep(config, tasks: dict, weak, strong, stages) -> dict:
+    """Labels and student as tau, alpha, k vary one at a time; measured on D_u and test: choose nothing by it.
+
+    The graph's layer is chosen on D_l, so a fixed alpha is not a blind one; alpha is varied once more with
+    the graph of the middle layer's states alone."""
+    import selw2s
+    out, alphas = {}, (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
+    for seed in config.seeds:
+        prep = selw2s.prepare(config, tasks[config.task], weak, strong, seed, stages)
+        known = selw2s.know(config, prep)
+        middle = prep._replace(**{name: part._replace(item_state=part.item_state[:, :1])
+                                  for name, part in (("learn", prep.learn), ("transfer", prep.transfer))})
+        for name, flag, values, where in (
+                ("route-only", "tau", (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01), prep),
+                ("graph-only", "alpha", alphas, prep), ("graph-only", "k", (5, 10, 20, 50), prep),
+                ("graph-only, middle layer", "alpha", (*alphas, "auto"), middle)):
+            fixed = {"k": {"alpha": 0.7}, "alpha": {"k": 10}}.get(flag, {})
+            for value in values:
+                varied = replace(config, **fixed, **{flag: value})
+                metrics = student_metrics(varied, where, known.learn, known.transfer, strong, seed, stages,
+                                          name.split(",")[0])
+                title = value if value == "auto" else f"{value:g}"
+                out.setdefault(f"{flag} {title} ({name})", []).append(metrics)
+    return out
+
+
+def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
+    """The means over seeds of every row of an analysis."""
+    columns = [c for c in next(iter(rows.values()))[0] if c != "seed"]
+    lines = [f"{name:40}" + "".join(f"{c:>16}" for c in columns)]
+    for title, metrics in rows.items():
+        means = [mean_of(metrics, c) for c in columns]
+        lines.append(f"{title:40}" + "".join(f"{'-' if np.isnan(m) else format(m, '.3f'):>16}" for m in means))
+    return "\n".join(lines)
+
+
+ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep}
+
+
+def analyse(config, task, weak, strong, stages) -> dict:
+    """One analysis over all seeds: a printed table of means, the values per seed as the result."""
+    import selw2s
+    tasks = {config.task: task}
+    if config.analysis == "cross-task":
+        for name in DEMO[1:] if config.task in DEMO else OFFICIAL:
+            loaded = load_task(name, data_dir=config.data_dir or None)
+            tasks[name], _ = selw2s.fitted(loaded, (weak, strong), config, stages.tell)
+    out = ANALYSES[config.analysis](config, tasks, weak, strong, stages)
+    print(f"\n{analysis_table(config.analysis, out)}")
+    return out
