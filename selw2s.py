@@ -24,13 +24,13 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 # ------------------------------------------------------------------------------------ Config and command line
-METHODS = ("weak", "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
-           "graph-only", "route-only", "selective", "trust", "chain", "oracle")
-DEFAULT_METHODS = ("weak", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
-                   "selective")
+ALWAYS = ("weak", "zero-shot")      # without training a student: rows of every run
+METHODS = (*ALWAYS, "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
+           "graph-only", "route-only", "selective", "fused", "trust", "chain", "oracle")
+DEFAULT_METHODS = (*ALWAYS, "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only", "selective")
 EXAMPLES = """examples:
   python selw2s.py --task demo                                        under a minute on two cores, no download
   python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
@@ -61,13 +61,19 @@ class Config:
                     choices=("sum", "mean", "pmi", "judge"))
     target: str = flag("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]",
                        choices=("hard", "soft"))
-    tau: object = flag("auto", "P(IK) from which the own label is used; auto: cross-fitted weak accuracy "
-                               "on D_l [D4]", metavar="X")
+    folds: int = flag(5, "parts of D_l; each gets its weak labels from a supervisor trained on the others [D16]")
+    route: str = flag("probe", "P(IK) from the hidden state (the paper's), from the sorted option probabilities, "
+                               "or from both", choices=("probe", "belief", "both"))
+    tau: object = flag("auto", "P(IK) from which the own label is used: a number; or what the supervisor is "
+                               "compared with: answers, labels, item; auto: chosen of these on D_l [D4]",
+                       metavar="X")
     anchors: int = flag(1, "1: routed own labels stand in Y while the others are smoothed, "
                            "0: weak labels only [D5]", choices=(0, 1))
     alpha: object = flag("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
     k: object = flag("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
     gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]")
+    student: str = flag("classifier", "a linear head on the last hidden state, or the model's own answer: softmax "
+                                      "over the options [D17]", choices=("classifier", "answer"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
     epochs: int = flag(2, "passes over the training items")
     batch: int = flag(32, "items per update")
@@ -83,14 +89,18 @@ class Config:
     dtype: str = flag("float32", "dtype of the pretrained weights",
                       choices=("float32", "bfloat16", "float16"))
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
+    merge: tuple = flag((), "result.json files of runs that differ in their seeds alone: one table of them all",
+                        nargs="+", metavar="FILE")
     rerun: str = flag("", "repeat the run of a result.json and compare: every other flag but --out, "
                           "--data-dir is taken from it", metavar="FILE")
     out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
 
 
 MOST = 2 ** 31 - 1
+TAU_RULES = ("answers", "labels", "item")
 LIMITS = {      # flag: least value, greatest, what it must be (NaN compares false with both)
-    "tau": (0, 1e9, "a number from 0 (above 1: never the own label)"),
+    "folds": (2, MOST, "a whole number from 2"),
+    "tau": (0, 1e9, f"{', '.join(TAU_RULES)} or a number from 0 (above 1: never the own label)"),
     "alpha": (0, 1 - 1e-9, "a number from 0 to below 1"),
     "gamma": (0, 1e9, "a number from 0"),
     "lr": (1e-30, 1e30, "a positive number"),
@@ -100,8 +110,8 @@ LIMITS = {      # flag: least value, greatest, what it must be (NaN compares fal
 
 
 def number(text: str):
-    """"auto", an int or a float: the value of --tau, --alpha, --k and --lr; argparse shows this name."""
-    if text == "auto":
+    """A word, an int or a float: the value of --tau, --alpha, --k and --lr; argparse shows this name."""
+    if text in ("auto", *TAU_RULES):
         return text
     try:
         return int(text)
@@ -119,7 +129,7 @@ def fault(f, value) -> str:
     if f.name == "seeds":
         whole = all(type(seed) is int and 0 <= seed < 2 ** 63 for seed in value)
         return "" if value and whole and len(set(value)) == len(value) else "different numbers from 0"
-    if f.name in LIMITS:
+    if f.name in LIMITS and not (f.name == "tau" and value in TAU_RULES):
         low, high, need = LIMITS[f.name]
         kinds = (int,) if f.name == "k" else (int, float)
         return "" if type(value) in kinds and low <= value <= high else need
@@ -134,8 +144,10 @@ def problem(config: Config) -> str:
         need = fault(f, value) if value != f.default else ""
         if need:
             return f"--{f.name.replace('_', '-')} {value!r:.40}: must be {need}"
-    if "weak" not in config.methods:
-        return "--methods: weak must be among them"
+    if missing := set(ALWAYS) - set(config.methods):
+        return f"--methods: {min(missing)} must be among them"
+    if config.student == "answer" and config.tune == "head":
+        return "--student answer: has no head of its own to tune; use --tune full or lora"
     if config.keep and config.keep not in config.methods:
         return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
     return ""
@@ -145,7 +157,7 @@ def described(config: Config) -> str:
     """The resolved configuration as the program prints it first."""
     words = []
     for name, value in asdict(config).items():
-        if value != "":
+        if value not in ("", ()):
             words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
                          break_long_words=False, break_on_hyphens=False)
@@ -182,14 +194,14 @@ def parse(argv: list[str] | None = None) -> Config:
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
-    asked = METHODS if "all" in values["methods"] else ("weak", *values["methods"])
+    asked = METHODS if "all" in values["methods"] else (*ALWAYS, *values["methods"])
     values["methods"] = tuple(method for method in METHODS if method in asked)
     if values["task"] == "demo":
         values["task"] = "demo-sciq"
     config = Config(**values)
     if line := problem(config):
         command_line.error(line)
-    if config.rerun:
+    if config.rerun or config.merge:
         return config
     if not config.task.startswith("demo-") and not (config.weak and config.strong):
         command_line.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
@@ -207,6 +219,7 @@ if __name__ == "__main__":
 import hashlib
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -216,12 +229,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import DEMO, YES_NO, DataError, Item, Question, completion, fit, halves, items, load_task, prompt
+from data import DEMO, YES_NO, DataError, Item, Question, completion, deal, fit, halves, items, load_task, prompt
 from data.cache import Stages, counter, digest
 from data.results.figures import figures
-from data.results.report import accuracy, auroc, cross_entropy, table, write
+from data.results.report import accuracy, auroc, cross_entropy, merged, result_of, shown, table, write
+from data.tokens import LoadError, encode_options
 from graph import affinity, knn, normalise, propagate
-from model import Classifier, LoadError, TrainError, cut, finetune, load, out_of_memory, read
+from model import Choice, TrainError, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
 
@@ -236,60 +250,63 @@ class Pretrained(NamedTuple):
     large: bool         # a billion parameters or more: activations are recomputed in the backward pass
 
 
-def pretrained(source: str, config: Config) -> Pretrained:
-    """Load a checkpoint. lr auto: Burns' 1e-5 from a billion parameters, 5e-5 below, 5e-4 below 50M; for
-    LoRA, which starts from B = 0, ten times that."""
+def learning_rate(size: int, answers: bool, config: Config) -> float:
+    """--lr, or by size: Burns' 1e-5 from a billion parameters, 5e-5 below, 5e-4 below 50M; LoRA, which starts
+    from B = 0, ten times that; a student that answers starts where it stands: two fifths [D9]."""
+    if config.lr != "auto":
+        return float(config.lr)
+    lr = 1e-5
+    if size < 1e9:
+        lr = 5e-5
+    if size < 5e7:
+        lr = 5e-4
+    if config.tune == "lora":
+        lr *= 10
+    return 0.4 * lr if answers else lr                                                              # [D9]
+
+
+def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
+    """Load a checkpoint; answers: its students answer."""
     network, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
     size = sum(p.numel() for p in network.params.values())
-    lr = config.lr
-    if lr == "auto":                                                                                # [D9]
-        lr = 1e-5 if size >= 1e9 else 5e-4
-        if 5e7 <= size < 1e9:
-            lr = 5e-5
-        if config.tune == "lora":
-            lr *= 10
     h = hashlib.sha256()
     for file in sorted(network.folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Pretrained(network, tokenizer, h.hexdigest(), float(lr), size >= 1e9)
+    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= 1e9)
 
 
 class Outcome(NamedTuple):
-    """A finetuned model: its P(y = 1) of every text asked for, and the SHA-256 of its weights."""
-    p: list[Tensor]     # one (n,) per list of texts
+    """A finetuned model: its P(y = 1) of every item asked for, and the SHA-256 of its weights."""
+    p: list[Tensor]     # one (n,) per list of items
     weights: str
 
 
-def finetuned(name: str, start: Pretrained, tokens: list, targets: Tensor, ask: list, config: Config, seed: int,
+def finetuned(name: str, start: Pretrained, inputs: list, targets: Tensor, ask: list, config: Config, seed: int,
               stages: Stages, rule=None) -> Outcome:
-    """Finetune a pretrained model on token sequences with soft targets (n,), and let it label others.
+    """Finetune a pretrained model on items with soft targets (n,), and let it label others.
 
-    ask: lists of token sequences; rule: target of a step from student's and given probability (model.finetune's
-    target_fn). A stage: kept on disk. With --keep the finetuned model is saved too."""
+    inputs: token sequences (classifier) or Choices (a student that answers); ask: lists of the same; rule:
+    target of a step from student's and given probability (model.finetune's target_fn). A stage: kept on disk.
+    With --keep the finetuned model is saved too."""
+    answers = isinstance(inputs[0], Choice)
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
-                    checkpoint=start.large)
+                    checkpoint=start.large, student="answer" if answers else "classifier")
     keep = name == config.keep
 
     def compute():
-        student = finetune(start.network, tokens, targets, target_fn=rule, progress=counter(name), **settings)
+        student = finetune(start.network, inputs, targets, target_fn=rule, progress=counter(name), **settings)
         state, p = student.state(), [student.predict(part) for part in ask]
-        if not all(part.isfinite().all() for part in p):
-            raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
-                             f"{start.lr}): lower it")
-        out = {"weights": digest(*(state[key] for key in sorted(state)))}
-        out |= {f"p{i}": part for i, part in enumerate(p)}
         if keep:
-            out |= {"state." + key: x.cpu() for key, x in state.items()}
-        return out
-    depends = (start.sha256, config.dtype, config.device, settings, tokens, targets, rule, ask, keep)
+            folder = f"{Path(config.task).stem}-{name}-seed{seed}"
+            student.save(Path(config.out) / "students" / folder)
+        return {f"p{i}": part for i, part in enumerate(p)} | {
+            "weights": digest(*(state[key] for key in sorted(state)))}
+    depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
+    tokens = sum(map(len, inputs)) if not answers else sum(len(c.prompt) + sum(map(len, c.options)) for c in inputs)
     out = stages("finetune", name, depends, compute,
-                 steps=config.epochs * -(-len(tokens) // config.batch), tokens=config.epochs * sum(map(len, tokens)))
-    if keep:
-        state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
-        folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"
-        Classifier(start.network, state).save(Path(config.out) / "students" / folder)
+                 steps=config.epochs * -(-len(inputs) // config.batch), tokens=config.epochs * tokens)
     return Outcome([out[f"p{i}"] for i in range(len(ask))], out["weights"])
 
 
@@ -298,16 +315,16 @@ class Part(NamedTuple):
     """One part of a seed's data with all that steps 1 to 3 know of it: D_l, D_u or test; a row per item."""
     items: list[Item]               # n; their labels are read for D_l, for the ceiling, oracle and metrics only
     questions: list[Question]       # n, the items' own; their answers likewise
-    tokens: list[list[int]]         # n item texts as the strong model reads them
+    inputs: list                    # n, what a student is given: the item's token ids, or a Choice [D17]
     weak: Tensor                    # (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor                     # (n,) self-generated label, 0/1
-    belief: Tensor                  # (n, K) the strong model's probability of each option
+    zero_shot: Tensor               # (n,) the untouched strong model's P(y = 1): its belief in the candidate shown
+    belief: Tensor                  # (n, K) its probability of each option
     prompt_state: Tensor            # (n, R, C) its hidden states where the question ends, before any candidate
     item_state: Tensor              # (n, R, C) its hidden states where the item's text ends
     truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, like the rest below
     gold: Tensor | None = None      # (n,) column of `belief` that is right
-    fold: Tensor | None = None      # (n,) fold of the item's group, for P(IK)'s cross-validation
-    half: Tensor | None = None      # (n,) 0 or 1: the half of D_l the row is in; the other half's model labelled it
+    fold: Tensor | None = None      # (n,) fold of the item's group; supervisor and probes of a row are of others
 
 
 def take(part: Part, rows: Tensor) -> Part:
@@ -327,52 +344,63 @@ def hidden_truth(part: Part) -> Tensor:
 
 # --------------------------------------------------------------------------------------- 1. Split and format
 class Split(NamedTuple):
-    """Items of the three parts, question by id."""
+    """Items of the three parts."""
     labelled: list[Item]
     transfer: list[Item]
     test: list[Item]
-    question: dict[str, Question]
+    question: dict[str, Question]       # by id
+    fold: Tensor                        # (n_l,) of D_l's items
+    examples: list[Item]                # of D_l, solved in front of what the strong model answers [D2]
+    usable: Tensor                      # (n_l,) bool: not of an example's group, whose answer stands in the prompt
 
 
 def split(config: Config, task, seed: int, tell) -> Split:
-    """1. Questions -> binary items -> D_l, D_u, test (Burns et al. 2023, App. A)."""
+    """1. Questions -> binary items -> D_l, D_u, test (Burns et al. 2023, App. A); D_l into folds [D16]."""
     drawn = items(task.train, protocol=config.protocol, seed=seed)
     labelled, transfer = halves(drawn, task.train, protocol=config.protocol, seed=seed)
     test = items(task.test, protocol=config.protocol, seed=seed if config.protocol == "openai" else 0)
-    if config.shots > len(labelled) // 2:
-        raise DataError(f"--shots {config.shots} would use up D_l, which has {len(labelled)} items: at most half")
     tell(f"1 split    {len(labelled):,} labelled, {len(transfer):,} transfer, {len(test):,} test items   "
          f"e.g. {labelled[0].text!r:.70} -> {labelled[0].label}")
-    return Split(labelled, transfer, test, {q.id: q for q in task.train + task.test})
+    if config.shots > len(labelled) // 2:
+        raise DataError(f"--shots {config.shots} would use up D_l, which has {len(labelled)} items: at most half")
+    question = {q.id: q for q in task.train + task.test}
+    picked = np.random.default_rng(seed).choice(len(labelled), config.shots, replace=False)
+    examples = [labelled[i] for i in picked]
+    in_prompt = {question[item.question_id].group for item in examples}
+    usable = torch.tensor([question[item.question_id].group not in in_prompt for item in labelled])
+    fold = torch.tensor(deal(labelled, task.train, config.folds, random.Random(f"folds {seed}")))    # [D16]
+    for f in range(config.folds):
+        others = {item.label for item, other in zip(labelled, fold) if other != f}
+        if not (fold[usable] == f).any() or len(others) < 2:
+            raise DataError(f"D_l, {len(labelled)} items, is too small for --folds {config.folds} and --shots "
+                            f"{config.shots}; give fewer, or more questions, in more groups")
+    return Split(labelled, transfer, test, question, fold, examples, usable)
 
 
 # ----------------------------------------------------------------------------------------- 2. Weak supervisor
 class Supervised(NamedTuple):
-    """The weak labels of a seed."""
-    labelled: Tensor    # (n_l,) cross-fitted P(y = 1): the only view of weak errors that owns truth
-    half: Tensor        # (n_l,) as Part.half
+    """The weak labels of a seed, P(y = 1)."""
+    labelled: Tensor    # (n_l,) cross-fitted: the only view of weak errors that owns truth
     transfer: Tensor    # (n_u,) of the supervisor trained on all of D_l
     test: Tensor
     weights: str        # hash of that supervisor
+    by_fold: Tensor     # (folds, n_u) D_u's labels by each of the cross-fitted supervisors
 
 
-def supervise(config: Config, weak: Pretrained, parts: Split, task, seed: int, stages: Stages) -> Supervised:
-    """2. The weak model finetuned on D_l's ground truth labels D_u and test; two more, each on one half of
-    D_l, label the other half."""
+def supervise(config: Config, weak: Pretrained, parts: Split, seed: int, stages: Stages) -> Supervised:
+    """2. The weak model finetuned on D_l's ground truth labels D_u and test; others like it, each finetuned on
+    all folds of D_l but one, label that one [D16]."""
     labelled, transfer, test = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:3])
     truth = torch.tensor([float(item.label) for item in parts.labelled])
     supervisor = finetuned("weak", weak, labelled, truth, [transfer, test], config, seed, stages)
-    place = {item.id: i for i, item in enumerate(parts.labelled)}
-    folds = [[place[item.id] for item in half]
-             for half in halves(parts.labelled, task.train, protocol="paper", seed=seed)]
-    cross, half = torch.empty(len(labelled)), torch.zeros(len(labelled), dtype=torch.int8)
-    half[folds[1]] = 1
-    for i, (learn, ask) in enumerate((folds, folds[::-1])):
-        out = finetuned(f"cross-{i}", weak, [labelled[j] for j in learn], truth[learn],
-                        [[labelled[j] for j in ask]], config, seed, stages)
-        cross[ask] = out.p[0]
-    stages.tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f}")
-    return Supervised(cross, half, *supervisor.p, supervisor.weights)
+    cross, by_fold = torch.empty(len(labelled)), torch.empty(config.folds, len(transfer))
+    for f in range(config.folds):
+        learn, ask = (parts.fold != f).nonzero()[:, 0], (parts.fold == f).nonzero()[:, 0]
+        out = finetuned(f"cross-{f}", weak, [labelled[i] for i in learn], truth[learn],
+                        [[labelled[i] for i in ask], transfer], config, seed, stages)
+        cross[ask], by_fold[f] = out.p
+    stages.tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f} ({config.folds} folds)")
+    return Supervised(cross, *supervisor.p, supervisor.weights, by_fold)
 
 
 # ------------------------------------------------------------------------------------ 3. Self-generated labels
@@ -381,16 +409,11 @@ JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nRespo
 
 class Elicited(NamedTuple):
     """What one forward pass of the pretrained strong model over n questions says; fields as in Part."""
-    belief: Tensor
     own: Tensor
+    zero_shot: Tensor
+    belief: Tensor
     prompt_state: Tensor
     item_state: Tensor
-
-
-class Example(NamedTuple):
-    """A solved question in front of those that the strong model answers."""
-    item: Item
-    question: Question
 
 
 def layers_read(strong: Pretrained) -> tuple:
@@ -402,7 +425,7 @@ def layers_read(strong: Pretrained) -> tuple:
 def likelihoods(name: str, strong: Pretrained, prompts: list[str], completions: list[list[str]], pick: list[int],
                 config: Config, stages: Stages) -> dict[str, Tensor]:
     """Log-likelihood of each prompt's completions and hidden states, in one pass (model.Reading); a stage."""
-    heads, tails = cut(strong.tokenizer, prompts, completions)
+    heads, tails = encode_options(strong.tokenizer, prompts, completions)
     longest = max(len(head) + max(map(len, tail)) for head, tail in zip(heads, tails))
     if longest > strong.network.config.context:
         raise DataError(f"a prompt of {longest} tokens is over the strong model's "
@@ -411,6 +434,11 @@ def likelihoods(name: str, strong: Pretrained, prompts: list[str], completions: 
     return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
                   lambda: read(strong.network, heads, tails, pick, layers=layers)._asdict(),
                   tokens=sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails)))
+
+
+def options_of(questions: list[Question]) -> list[list[str]]:
+    """Every option of every question as it follows the prompt."""
+    return [[completion(q, i) for i in range(len(q.options))] for q in questions]
 
 
 def judged(item: Item, question: Question) -> str:
@@ -423,44 +451,34 @@ def unconditional(question: Question) -> str:
     return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
 
 
-def scores(config: Config, name: str, strong: Pretrained, part: list[Item], questions: list[Question],
-           examples: list[Example], reading: dict, stages: Stages) -> Tensor:
-    """(n, K) score of each option [D1], from the reading of the plain prompts, and another one for pmi, judge."""
-    loglik = reading["loglik"]
-    if config.own == "mean":
-        return loglik / reading["option_tokens"].clamp_min(1)
-    none = [-1] * len(part)
-    if config.own == "pmi":
-        options = [[completion(q, i) for i in range(len(q.options))] for q in questions]
-        alone = likelihoods(f"read {name} unconditional", strong, [unconditional(q) for q in questions], options,
-                            none, config, stages)["loglik"]
-        return loglik - alone.nan_to_num(neginf=0.0)
-    if config.own == "judge":
-        before = "".join(f"{judged(*example)} {example.item.label}\n\n" for example in examples)
-        asked = [before + judged(item, q) for item, q in zip(part, questions)]
-        if name == "labelled":
-            stages.tell(f"3 prompt   {asked[0]!r:.200} + ' 0' or ' 1'")
-        return likelihoods(f"read {name} judge", strong, asked, [[" 0", " 1"]] * len(part), none, config,
-                           stages)["loglik"]
-    return loglik
-
-
 def elicit(config: Config, name: str, strong: Pretrained, part: list[Item], questions: list[Question],
-           examples: list[Example], stages: Stages) -> Elicited:
+           parts: Split, stages: Stages) -> Elicited:
     """3. The option with the largest log-likelihood given the question is the strong model's own answer [D1];
-    the own label of an item is 1 if the candidate it shows is that answer. examples stand in front [D2]."""
+    the own label of an item is 1 if the candidate it shows is that answer. Examples stand in front [D2]."""
+    examples = [(item, parts.question[item.question_id]) for item in parts.examples]
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in examples)
-    prompts = [before + prompt(q) for q in questions]
-    completions = [[completion(q, i) for i in range(len(q.options))] for q in questions]
+    prompts, completions, none = [before + prompt(q) for q in questions], options_of(questions), [-1] * len(part)
     # the branch on which an item's text ends; a yes/no question is itself the item and ends with the prompt
     pick = [-1 if item.text == prompt(q) else item.option for item, q in zip(part, questions)]
     reading = likelihoods(f"read {name}", strong, prompts, completions, pick, config, stages)
-    if config.own != "judge" and name == "labelled":
+    score, column = reading["loglik"], torch.tensor([item.option for item in part])         # (n, K), (n,)
+    if config.own == "mean":
+        score = score / reading["option_tokens"].clamp_min(1)
+    if config.own == "pmi":
+        alone = likelihoods(f"read {name} unconditional", strong, [unconditional(q) for q in questions],
+                            completions, none, config, stages)["loglik"]
+        score = score - alone.nan_to_num(neginf=0.0)
+    if config.own == "judge":
+        before = "".join(f"{judged(*example)} {example[0].label}\n\n" for example in examples)
+        prompts = [before + judged(item, q) for item, q in zip(part, questions)]
+        completions, column = [[" 0", " 1"]] * len(part), torch.ones_like(column)
+        score = likelihoods(f"read {name} judge", strong, prompts, completions, none, config, stages)["loglik"]
+    if name == "labelled":
         stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
-    belief = scores(config, name, strong, part, questions, examples, reading, stages).softmax(1)
-    shown = torch.tensor([1 if config.own == "judge" else item.option for item in part])
-    own = (belief.argmax(1) == shown).float()                               # hard: 0 or 1 [D13]
-    return Elicited(belief, own, reading["prompt_state"], reading["item_state"])
+    belief = score.softmax(1)
+    own = (belief.argmax(1) == column).float()                              # hard: 0 or 1 [D13]
+    zero_shot = belief.gather(1, column[:, None])[:, 0].float()
+    return Elicited(own, zero_shot, belief, reading["prompt_state"], reading["item_state"])
 
 
 def right_option(config: Config, part: list[Item], questions: list[Question]) -> Tensor:
@@ -475,6 +493,15 @@ def own_right(config: Config, part: Part) -> Tensor:
     return (part.belief.argmax(1) == right_option(config, part.items, part.questions)).float()
 
 
+def student_inputs(config: Config, strong: Pretrained, part: list[Item], questions: list[Question]) -> list:
+    """What a student is given of each item: its text, or the question with all options and which one is shown
+    [D17]; the same for training and prediction."""
+    if config.student == "classifier":
+        return strong.tokenizer.encode([item.text for item in part])
+    heads, tails = encode_options(strong.tokenizer, [prompt(q) for q in questions], options_of(questions))
+    return [Choice(head, tail, item.option) for head, tail, item in zip(heads, tails, part)]
+
+
 class Prepared(NamedTuple):
     """Steps 1 to 3 of one seed."""
     labelled: Part      # D_l
@@ -482,36 +509,28 @@ class Prepared(NamedTuple):
     transfer: Part      # D_u
     test: Part
     weak_weights: str   # hash of the weak supervisor
+    by_fold: Tensor     # (folds, n_u) D_u's labels by the supervisors that labelled D_l's folds
 
 
 def prepare(config: Config, task, weak: Pretrained, strong: Pretrained, seed: int, stages: Stages) -> Prepared:
     """Steps 1 to 3 for one seed."""
     parts = split(config, task, seed, stages.tell)
-    picked = np.random.default_rng(seed).choice(len(parts.labelled), config.shots, replace=False)
-    examples = [Example(parts.labelled[i], parts.question[parts.labelled[i].question_id]) for i in picked]
-    in_prompt = {example.question.group for example in examples}
-    asked = [[parts.question[item.question_id] for item in part] for part in parts[:3]]
-    usable = torch.tensor([q.group not in in_prompt for q in asked[0]])
-    number_of = {group: i for i, group in enumerate(dict.fromkeys(q.group for q in asked[0]))}
-    fold = torch.tensor([number_of[q.group] % 5 for q in asked[0]])
-    if len(fold[usable].unique()) < 2:
-        raise DataError(f"D_l less the groups of --shots {config.shots} examples is too small to cross-fit "
-                        "P(IK); give fewer examples, or more questions, in more groups")
-
-    supervised = supervise(config, weak, parts, task, seed, stages)
+    supervised = supervise(config, weak, parts, seed, stages)
     out = {}
-    for name, part, questions in zip(Split._fields, parts[:3], asked):
-        said = elicit(config, name, strong, part, questions, examples, stages)
-        tokens = strong.tokenizer.encode([item.text for item in part])
-        out[name] = Part(part, questions, tokens, getattr(supervised, name), said.own, said.belief,
-                         said.prompt_state, said.item_state)
-    out["labelled"] = out["labelled"]._replace(
-        truth=torch.tensor([float(item.label) for item in parts.labelled]),
-        gold=right_option(config, parts.labelled, asked[0]), fold=fold, half=supervised.half)
-    learn = take(out["labelled"], usable)
+    for name, part in zip(("labelled", "transfer", "test"), parts):
+        questions = [parts.question[item.question_id] for item in part]
+        said = elicit(config, name, strong, part, questions, parts, stages)
+        inputs = student_inputs(config, strong, part, questions)
+        out[name] = Part(part, questions, inputs, getattr(supervised, name), *said)
+    labelled = out["labelled"]
+    out["labelled"] = labelled = labelled._replace(
+        truth=torch.tensor([float(item.label) for item in labelled.items]),
+        gold=right_option(config, labelled.items, labelled.questions), fold=parts.fold)
+    learn = take(labelled, parts.usable)
     right = (learn.belief.argmax(1) == learn.gold).double().mean()
-    stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions")
-    return Prepared(learn=learn, weak_weights=supervised.weights, **out)
+    stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, untouched "
+                f"accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
+    return Prepared(learn=learn, weak_weights=supervised.weights, by_fold=supervised.by_fold, **out)
 
 
 # --------------------------------------------------------------------------------------------------- 4. P(IK)
@@ -594,17 +613,31 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold
     return Probe(weight, w[-1] - weight @ mean, l2, held_out, best)
 
 
+ROUTERS = ("probe", "belief", "both")
+
+
+def router_features(router: str, part: Part) -> list[Tensor]:
+    """What a router may look at, one (n, d) float64 per candidate: a hidden state where the question ends (probe,
+    the paper's), the sorted log-probabilities of the options (belief), or both side by side."""
+    states = [state.double() for state in part.prompt_state.unbind(1)]
+    if router == "probe":
+        return states
+    belief = part.belief.sort(1, descending=True).values.clamp_min(1e-6).log()          # (n, K)
+    return [belief] if router == "belief" else [torch.cat([state, belief], 1) for state in states]
+
+
 class Known(NamedTuple):
-    """Step 4: P(IK) of every question, (n,) float32 per part."""
+    """Step 4: P(IK) of every question by one router, (n,) float32 per part."""
+    router: str
     learn: Tensor       # out of fold: the probe was trained on the other folds
     transfer: Tensor
     test: Tensor
-    layer: int          # which of the R hidden states read
+    layer: int          # which of the R hidden states it looks at
     probe: Probe
 
     def predict(self, part: Part) -> Tensor:
         """(n,) P(IK) of a part that took no part in training the probe."""
-        return self.probe.predict(part.prompt_state[:, self.layer]).float()
+        return self.probe.predict(router_features(self.router, part)[self.layer]).float()
 
 
 def ik_target(config: Config, learn: Part) -> Tensor:
@@ -614,13 +647,14 @@ def ik_target(config: Config, learn: Part) -> Tensor:
     return learn.belief.gather(1, learn.gold[:, None])[:, 0].double()
 
 
-def know(config: Config, prep: Prepared) -> Known:
-    """4. P(IK): linear probe on the hidden state before any candidate, trained on D_l; layer and L2 by
-    cross-validation on D_l, folds by group."""
-    learn, target = prep.learn, ik_target(config, prep.learn).to(config.device)
-    probes = [fit_probe(state.to(config.device), target, fold=learn.fold) for state in learn.prompt_state.unbind(1)]
+def know(config: Config, prep: Prepared, router: str = "probe") -> Known:
+    """4. P(IK): a linear probe, before any candidate is shown, of whether the own answer is right; trained on D_l,
+    L2 and layer by cross-validation there."""
+    target = ik_target(config, prep.learn).to(config.device)
+    probes = [fit_probe(features.to(config.device), target, fold=prep.learn.fold)
+              for features in router_features(router, prep.learn)]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
-    known = Known(probes[layer].held_out.cpu().float(), None, None, layer, probes[layer])
+    known = Known(router, probes[layer].held_out.cpu().float(), None, None, layer, probes[layer])
     return known._replace(transfer=known.predict(prep.transfer), test=known.predict(prep.test))
 
 
@@ -632,6 +666,41 @@ def route(p_ik: Tensor, self_label: Tensor, weak_label: Tensor, tau) -> tuple[Te
     is_self (n,) bool)."""
     is_self = p_ik >= tau
     return torch.where(is_self, self_label, weak_label), is_self
+
+
+def log_odds(p: Tensor) -> Tensor:
+    """log p / (1 - p), float64, p kept 1e-6 away from 0 and 1."""
+    p = p.double().clamp(1e-6, 1 - 1e-6)
+    return p.log() - (1 - p).log()
+
+
+def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Tensor, Tensor]:
+    """The rule of tau and tau for every row of D_l and of D_u [D4]; p_learn: P(IK) on D_l, held out.
+
+    answers  P(IK) >= a, the supervisor's accuracy on D_l. Cautious: P(IK) is of answers, a of labels.
+    labels   r >= a, where r = P(IK) + (1 - P(IK)) q is the probability that the own *label* is right and q the
+             share of right own labels among D_l's wrongly answered questions
+    item     r >= the supervisor's own confidence in the item, calibrated on D_l
+    auto     the one of these whose labels of D_l are most often right
+    All are thresholds on P(IK), as r >= x where P(IK) >= (x - q) / (1 - q)."""
+    learn, transfer = prep.learn, prep.transfer
+
+    def every(value):
+        return [torch.full_like(part.weak, value) for part in (learn, transfer)]
+    if config.tau not in ("auto", *TAU_RULES):
+        return "fixed", *every(float(config.tau))
+    right, unknown = (learn.weak > 0.5) == (learn.truth > 0.5), learn.belief.argmax(1) != learn.gold
+    a, q = right.double().mean(), 0.0
+    if unknown.any():
+        q = min(accuracy(learn.own[unknown], learn.truth[unknown]), 1 - 1e-6)
+    sure = fit_probe(log_odds(learn.weak).abs()[:, None], right.double(), fold=learn.fold)
+    confidence = [sure.held_out, sure.predict(log_odds(transfer.weak).abs()[:, None])]
+    rules = {"answers": every(float(a)), "labels": every((float(a) - q) / (1 - q)),
+             "item": [((c - q) / (1 - q)).float() for c in confidence]}
+    if config.tau != "auto":
+        return config.tau, *rules[config.tau]
+    rule = max(rules, key=lambda name: accuracy(route(p_learn, learn.own, learn.weak, rules[name][0])[0], learn.truth))
+    return rule, *rules[rule]
 
 
 # -------------------------------------------------------------------------------------------------- 6. Smooth
@@ -677,50 +746,69 @@ class Smoothing(NamedTuple):
     after: float | None
 
 
-def smoothed_by_half(features: Tensor, prior: Tensor, half: Tensor, alphas, ks, gamma: float) -> dict:
-    """{(alpha, k): (n,)}: each half of D_l on a graph of its own, as all labels of D_u come from one model; to
-    smooth two models' errors into each other flatters smoothing."""
-    out = {(alpha, k): prior.clone() for alpha in alphas for k in ks}
-    for h in half.unique():
-        rows = (half == h).nonzero()[:, 0]
-        graph = neighbours(features[rows.to(features.device)], max(ks))
-        for candidate, p in smoothed(graph, prior[rows], alphas, ks, gamma).items():
-            out[candidate][rows] = p
+class View(NamedTuple):
+    """A graph whose labels one supervisor gave, as on D_u, some of whose items own truth: m items."""
+    features: Tensor    # (m, R, C)
+    prior: Tensor       # (m,) P(y = 1)
+    truth: Tensor       # (m,) what is known of it
+    scored: Tensor      # (m,) bool: has truth, and would be smoothed
+
+
+def views(prep: Prepared, own_learn: Tensor, own_transfer: Tensor, anchors: bool) -> list[View]:
+    """One per fold of D_l: that fold and D_u, labelled by the supervisor that saw neither, so that labels and
+    density are those smoothing will meet [D6]. own_*: bool, the rows routed to the own label, which are not
+    scored; anchors: they stand in the prior [D5]."""
+    learn, transfer, out = prep.learn, prep.transfer, []
+    for f in learn.fold.unique():
+        at = learn.fold == f
+        weak = torch.cat([learn.weak[at], prep.by_fold[f]])
+        own, is_own = torch.cat([learn.own[at], transfer.own]), torch.cat([own_learn[at], own_transfer])
+        truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
+        prior = torch.where(is_own, own, weak) if anchors else weak
+        features = torch.cat([learn.item_state[at], transfer.item_state])
+        out.append(View(features, prior, truth, ~is_own & ~truth.isnan()))
     return out
 
 
-def choose_smoothing(features: Tensor, prior: Tensor, truth: Tensor, rows: Tensor, half: Tensor,
-                     config: Config) -> Smoothing:
-    """alpha, k, layer that make the given rows' labels on D_l most accurate; alpha = 0 unless one does [D6].
+def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
+    """alpha, k, layer that make the scored labels most accurate; alpha = 0 unless one does [D6].
 
-    features (n, R, C), prior (n,) with cross-fitted weak labels, truth (n,), rows (n,) bool: the rows that
-    would be smoothed; half (n,) int: which model labelled a row. A candidate must beat no smoothing by two
-    standard errors of the paired difference, or smoothing stays off: the best of many noisy candidates looks
-    better than it is. A fixed --alpha is always used."""
+    A candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
+    the best of many noisy candidates looks better than it is. A fixed --alpha is always used."""
     auto = config.alpha == "auto"
     alphas = ALPHAS if auto else (float(config.alpha),)
-    smallest = min(int((half == h).sum()) for h in half.unique())
+    smallest = min(len(view.prior) for view in graphs)
     ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)
-    if rows.sum() < 2 or smallest < 2:
+    right = torch.cat([right_where_scored(view, view.prior) for view in graphs])
+    if len(right) < 2 or smallest < 2:
         return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
-    right = ((prior > 0.5) == (truth > 0.5))[rows].double()
     before = float(right.mean())
     best = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)
     if alphas == (0.0,):
         return best._replace(after=before)
-    for layer in range(features.shape[1]):
-        for (alpha, k), p in smoothed_by_half(features[:, layer], prior, half, alphas, ks, config.gamma).items():
-            gain = ((p > 0.5) == (truth > 0.5))[rows].double() - right
-            clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+    for layer in range(graphs[0].features.shape[1]):
+        found = {(alpha, k): [] for alpha in alphas for k in ks}
+        for view in graphs:
+            graph = neighbours(view.features[:, layer].to(config.device), max(ks))
+            for candidate, p in smoothed(graph, view.prior, alphas, ks, config.gamma).items():
+                found[candidate].append(right_where_scored(view, p))
+        for (alpha, k), now in found.items():
+            gain = torch.cat(now) - right
             after = float((right + gain).mean())
-            if clear and after > best.after:
+            if after > best.after and (not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5):
                 best = Smoothing(layer, alpha, k, before, after)
     return best
 
 
+def right_where_scored(view: View, p: Tensor) -> Tensor:
+    """1.0 where the label p (m,) of a scored item is right."""
+    return ((p > 0.5) == (view.truth > 0.5))[view.scored].double()
+
+
 class Selected(NamedTuple):
     """Steps 5 and 6: labels of D_u, (n_u,) each."""
-    tau: float
+    rule: str               # how tau was found [D4]
+    tau: Tensor             # of each item
     is_self: Tensor         # bool, routed to the own label
     routed: Tensor          # own label where routed, weak label elsewhere
     refined: Tensor         # weak labels smoothed in the presence of the own ones
@@ -730,26 +818,24 @@ class Selected(NamedTuple):
     chosen_alone: Smoothing
 
 
-def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor,
-           tau: float | str | None = None) -> Selected:
+def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Selected:
     """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u.
 
-    p_learn, p_transfer: P(IK) of prep.learn's and prep.transfer's rows; tau: in place of the configuration's."""
+    p_learn, p_transfer: P(IK) of prep.learn's and prep.transfer's rows."""
     learn, transfer = prep.learn, prep.transfer
-    tau = config.tau if tau is None else tau
-    tau = accuracy(learn.weak, learn.truth) if tau == "auto" else float(tau)                        # [D4]
+    rule, tau_learn, tau = thresholds(config, prep, p_learn)
     routed, is_self = route(p_transfer, transfer.own, transfer.weak, tau)
-    routed_learn, is_self_learn = route(p_learn, learn.own, learn.weak, tau)
+    _, is_self_learn = route(p_learn, learn.own, learn.weak, tau_learn)
 
-    prior, prior_learn = (routed, routed_learn) if config.anchors else (transfer.weak, learn.weak)  # [D5]
-    states, states_learn = transfer.item_state.to(config.device), learn.item_state.to(config.device)
-    every = torch.ones_like(is_self_learn)
-    chosen = choose_smoothing(states_learn, prior_learn, learn.truth, ~is_self_learn, learn.half, config)  # [D6]
-    alone = choose_smoothing(states_learn, learn.weak, learn.truth, every, learn.half, config)
+    none = torch.zeros_like(is_self)
+    chosen = choose_smoothing(views(prep, is_self_learn, is_self, bool(config.anchors)), config)    # [D6]
+    alone = choose_smoothing(views(prep, torch.zeros_like(is_self_learn), none, False), config)
+    prior = routed if config.anchors else transfer.weak                                             # [D5]
+    states = transfer.item_state.to(config.device)
     refined = smooth(states[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
     smoothed_weak = smooth(states[:, alone.layer], transfer.weak, alone.alpha, alone.k, config.gamma)
     selective = torch.where(is_self, transfer.own, refined)
-    return Selected(tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone)
+    return Selected(rule, tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone)
 
 
 def homophily(transfer: Part, chosen: Smoothing) -> float:
@@ -796,10 +882,21 @@ def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
     return route(p_ik, transfer.own, transfer.weak, probe.predict(transfer.item_state[:, -1]))[0]
 
 
+def fused(prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Tensor:
+    """(n_u,) P(y = 1) by a logistic regression on the weak log-odds, the strong model's log-odds of the candidate
+    shown, P(IK) and their products, fitted on D_l's truth with cross-fitted weak labels. Beyond the paper: it
+    weighs what the method chooses between."""
+    def features(part, p_ik):
+        weak, strong, known = log_odds(part.weak), log_odds(part.zero_shot), p_ik.double()
+        return torch.stack([weak, strong, known, weak * strong, weak * known, strong * known], 1)
+    probe = fit_probe(features(prep.learn, p_learn), prep.learn.truth, fold=prep.learn.fold)
+    return probe.predict(features(prep.transfer, p_transfer)).float()
+
+
 def oracle(config: Config, prep: Prepared) -> Tensor:
     """The method's labels with a router that knows where the own label is right: not attainable."""
     knows = [(part.own == hidden_truth(part)).float() for part in (prep.learn, prep.transfer)]
-    return select(config, prep, *knows, tau=0.5).selective
+    return select(replace(config, tau=0.5), prep, *knows).selective
 
 
 class Student(NamedTuple):
@@ -810,11 +907,11 @@ class Student(NamedTuple):
     weights: str                # hash of the trained tensors
 
 
-def student(method: str, config: Config, prep: Prepared, s: Selected, p_ik: Tensor, strong: Pretrained, seed: int,
+def student(method: str, config: Config, prep: Prepared, s: Selected, known: Known, strong: Pretrained, seed: int,
             stages: Stages) -> Student:
-    """7. The pretrained strong model finetuned on one label set; p_ik (n_u,)."""
+    """7. The pretrained strong model finetuned on one label set."""
     transfer, weak, rule = prep.transfer, prep.transfer.weak, None
-    tokens = transfer.tokens
+    inputs = transfer.inputs
     match method:
         case "ceiling":
             targets = hidden_truth(transfer)
@@ -826,79 +923,91 @@ def student(method: str, config: Config, prep: Prepared, s: Selected, p_ik: Tens
             targets, rule = weak, product
         case "confidence-only":
             rows = surer_half(weak)
-            tokens, targets = [transfer.tokens[i] for i in rows], weak[rows]
+            inputs, targets = [transfer.inputs[i] for i in rows], weak[rows]
         case "self-only":           # tau = 0
             targets = transfer.own
         case "strong-on-D_l":
-            tokens, targets = prep.labelled.tokens, prep.labelled.truth
+            inputs, targets = prep.labelled.inputs, prep.labelled.truth
         case "graph-only":          # tau > 1
             targets = s.smoothed_weak
         case "route-only":          # alpha = 0
             targets = s.routed
         case "selective":
             targets = s.selective
+        case "fused":
+            targets = fused(prep, known.learn, known.transfer)
         case "trust":
-            targets = trust(prep, p_ik)
+            targets = trust(prep, known.transfer)
         case "chain":               # weak -> student -> student
-            targets = student("naive", config, prep, s, p_ik, strong, seed, stages).transfer
+            targets = student("naive", config, prep, s, known, strong, seed, stages).transfer
         case "oracle":
             targets = oracle(config, prep)
-    out = finetuned(method, strong, tokens, targets, [transfer.tokens, prep.test.tokens], config, seed, stages, rule)
-    return Student(targets if tokens is transfer.tokens else None, *out.p, out.weights)
+    out = finetuned(method, strong, inputs, targets, [transfer.inputs, prep.test.inputs], config, seed, stages, rule)
+    return Student(targets if inputs is transfer.inputs else None, *out.p, out.weights)
 
 
 # -------------------------------------------------------------------------------------------------- 8. Report
-def part_arrays(config: Config, part: Part, p_ik: Tensor, students: dict[str, Tensor]) -> dict:
-    """A part as items.npz has it; here metrics may read the hidden truth."""
+def part_arrays(config: Config, part: Part, known: dict[str, Tensor], students: dict[str, Tensor]) -> dict:
+    """A part as items.npz has it; here metrics may read the hidden truth. known: P(IK) by router."""
     arrays = {"truth": hidden_truth(part), "own": part.own, "own_p": part.belief.amax(1).float(),
-              "own_right": own_right(config, part), "p_ik": p_ik,
+              "own_right": own_right(config, part), "p_ik": known[config.route],
+              **{f"p_ik/{router}": p for router, p in known.items()},
               **{f"p/{method}": p for method, p in students.items()}}
     return {"id": np.array([item.id for item in part.items]),
             "group": np.array([q.group for q in part.questions]),
             **{name: x.numpy() for name, x in arrays.items()}}
 
 
-def record(config: Config, prep: Prepared, known: Known, s: Selected, done: dict[str, Student], seed: int) -> dict:
+def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected, done: dict[str, Student],
+           seed: int) -> dict:
     """One seed's arrays and choices, as named in items.npz and result.json."""
     n_l, n_u, n_test = (len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
-    transfer = part_arrays(config, prep.transfer, known.transfer, {m: out.transfer for m, out in done.items()})
-    transfer |= {"weak": prep.transfer.weak.numpy(), "is_self": s.is_self.numpy(), "refined": s.refined.numpy(),
-                 "smoothed_weak": s.smoothed_weak.numpy()}
+    used, routers = known[config.route], known.items()
+    transfer = part_arrays(config, prep.transfer, {name: k.transfer for name, k in routers},
+                           {method: out.transfer for method, out in done.items()})
+    transfer |= {"weak": prep.transfer.weak.numpy(), "tau": s.tau.numpy(), "is_self": s.is_self.numpy(),
+                 "refined": s.refined.numpy(), "smoothed_weak": s.smoothed_weak.numpy()}
     for method, out in done.items():
         if out.labels is not None:
             transfer[f"label/{method}"] = out.labels.numpy()
-    return {"seed": seed, "tau": s.tau, "layer": known.layer, "l2": known.probe.l2,
+    test = part_arrays(config, prep.test, {name: k.test for name, k in routers},
+                       {method: out.test for method, out in done.items()})
+    return {"seed": seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule, "layer": used.layer,
+            "l2": used.probe.l2, "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
             "homophily": homophily(prep.transfer, s.chosen_alone),
             "weights": {method: out.weights for method, out in done.items()},
             "n": {"labelled": n_l, "transfer": n_u, "test": n_test},
-            "truth_used": {"ceiling": n_u, "self-only": config.shots, "oracle": n_l + n_u},
-            "transfer": transfer,
-            "test": part_arrays(config, prep.test, known.test, {m: out.test for m, out in done.items()})}
+            "truth_used": {"ceiling": n_u, "self-only": config.shots, "zero-shot": config.shots,
+                           "oracle": n_l + n_u},
+            "transfer": transfer, "test": test}
 
 
 def one_seed(config: Config, task, weak: Pretrained, strong: Pretrained, seed: int, stages: Stages) -> dict:
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
     tell = stages.tell
     prep = prepare(config, task, weak, strong, seed, stages)
-    known = know(config, prep)
-    area = auroc(known.learn, (prep.learn.belief.argmax(1) == prep.learn.gold).double())
-    tell(f"4 P(IK)    held-out AUROC on D_l {float('nan') if area is None else area:.3f} (layer read "
-         f"{known.layer + 1} of {prep.learn.prompt_state.shape[1]}, l2 {known.probe.l2:g})")
+    routers = {router: know(config, prep, router) for router in ROUTERS}
+    known = routers[config.route]
+    right = (prep.learn.belief.argmax(1) == prep.learn.gold).double()
+    areas = [f"{router} {shown(auroc(k.learn, right), '.3f')}" for router, k in routers.items()]
+    tell(f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, layer read {known.layer + 1} "
+         f"of {prep.learn.prompt_state.shape[1]}, l2 {known.probe.l2:g})")
     s = select(config, prep, known.learn, known.transfer)
-    tell(f"5 route    tau {s.tau:.3f}: own label on {s.is_self.double().mean():.3f} of D_u")
+    tell(f"5 route    tau {s.tau.double().mean():.3f} ({s.rule}): own label on {s.is_self.double().mean():.3f} of D_u")
     c = s.chosen
     if c.before is None:
         tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}")
     else:
         tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
              f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
-    done = {"weak": Student(prep.transfer.weak, prep.transfer.weak, prep.test.weak, prep.weak_weights)}
+    done = {"weak": Student(prep.transfer.weak, prep.transfer.weak, prep.test.weak, prep.weak_weights),
+            "zero-shot": Student(prep.transfer.zero_shot, prep.transfer.zero_shot, prep.test.zero_shot, strong.sha256)}
     for method in config.methods:
-        if method != "weak":
-            done[method] = student(method, config, prep, s, known.transfer, strong, seed, stages)
+        if method not in done:
+            done[method] = student(method, config, prep, s, known, strong, seed, stages)
             tell(f"7 student  {method}")
-    return record(config, prep, known, s, done, seed)
+    return record(config, prep, routers, s, done, seed)
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
@@ -932,8 +1041,8 @@ def run(config: Config) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     print(described(config))
     task = load_task(config.task, data_dir=config.data_dir or None)
-    weak = pretrained(config.weak or str(HERE / "data/demo/weak"), config)
-    strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config)
+    weak = pretrained(config.weak or str(HERE / "data/demo/weak"), False, config)
+    strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     task, counts = fitted(task, (weak, strong), config, tell)
     stages = Stages(Path(config.out) / "cache", tell, config.device)
     runs = [one_seed(config, task, weak, strong, seed, stages) for seed in config.seeds]
@@ -941,15 +1050,21 @@ def run(config: Config) -> dict:
     if config.analysis:
         from data.results.analyses import analyse       # here, as it asks for this module's steps
         analysis = analyse(config, task, weak, strong, stages)
-    folder, result = write(config, task, counts, {"weak": weak, "strong": strong}, stages, runs, analysis,
-                           time.perf_counter() - start)
+    result = result_of(config, task, counts, {"weak": weak, "strong": strong}, stages, runs, analysis,
+                       time.perf_counter() - start)
+    finish(result, runs, config.out)
+    return result
+
+
+def finish(result: dict, runs: list[dict], out: str) -> None:
+    """8. Write the result and its figures, print the table."""
+    folder = write(result, runs, out)
     try:
         drawn = figures(folder)
     except ImportError:
         drawn = ["(figures: pip install matplotlib, then run the same command again)"]
     print(f"\n{table(result['metrics'])}\n")
     print(f"written   {folder}/ " + " ".join(["result.json", "items.npz", *drawn]))
-    return result
 
 
 INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
@@ -985,7 +1100,12 @@ def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
     try:
         config = parse(argv)
-        rerun(config) if config.rerun else run(config)
+        if config.merge:
+            finish(*merged(config.merge), config.out)
+        elif config.rerun:
+            rerun(config)
+        else:
+            run(config)
         return 0
     except (LoadError, DataError, TrainError) as error:
         print(f"selw2s: {error}", file=sys.stderr)

@@ -111,12 +111,25 @@ def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
     return [item for i, item in enumerate(pool) if i not in drop]
 
 
+def deal(items: list[Item], questions: list[Question], parts: int, rng: random.Random) -> list[int]:
+    """The part, 0 to parts - 1, of each item; `questions` holds the items' own. Whole groups, largest first and
+    at random among equals, each to the part with fewest items so far (to the first of equals)."""
+    group = {q.id: q.group for q in questions}
+    sizes = Counter(group[item.question_id] for item in items)
+    names = sorted(sizes)
+    rng.shuffle(names)
+    counts, part = [0] * parts, {}
+    for name in sorted(names, key=sizes.get, reverse=True):                     # stable: random among equals
+        part[name] = counts.index(min(counts))
+        counts[part[name]] += sizes[name]
+    return [part[group[item.question_id]] for item in items]
+
+
 def halves(items: list[Item], questions: list[Question], *, protocol: str, seed: int
            ) -> tuple[list[Item], list[Item]]:
     """(labelled, transfer) = D_l, D_u; `questions` holds the items' own. DataError if a half lacks a label.
 
-    paper: groups, largest first and at random among equals, go to the half that is smaller so far: the halves
-    differ by one item at most where there are enough groups of one. Items keep their order.
+    paper: dealt out by group, so that they differ by one item at most where there are enough groups of one.
     openai: train_test_split(0.5, seed); its "train" is labelled, its "test" (larger, if odd) is transfer."""
     assert protocol in ("paper", "openai"), protocol
     if protocol == "openai":
@@ -124,15 +137,8 @@ def halves(items: list[Item], questions: list[Question], *, protocol: str, seed:
         n_transfer = (len(items) + 1) // 2
         labelled, transfer = [items[i] for i in order[n_transfer:]], [items[i] for i in order[:n_transfer]]
     else:
-        group = {q.id: q.group for q in questions}
-        sizes = Counter(group[item.question_id] for item in items)
-        names = sorted(sizes)
-        random.Random(f"halves {seed}").shuffle(names)
-        counts, side = [0, 0], {}
-        for name in sorted(names, key=sizes.get, reverse=True):                 # stable: random among equals
-            side[name] = int(counts[1] < counts[0])
-            counts[side[name]] += sizes[name]
-        labelled, transfer = ([i for i in items if side[group[i.question_id]] == s] for s in (0, 1))
+        side = deal(items, questions, 2, random.Random(f"halves {seed}"))
+        labelled, transfer = ([item for item, s in zip(items, side) if s == half] for half in (0, 1))
     assert not {i.question_id for i in labelled} & {i.question_id for i in transfer}
     if any(len({i.label for i in half}) < 2 for half in (labelled, transfer)):
         raise DataError(f"{len(items)} items do not make two halves with both labels in each; "

@@ -1,9 +1,15 @@
-"""The reference runs kept in data/results, and the parts of README.md that are generated from them.
+"""The reference runs kept in data/results, and what README.md and data/results/README.md show of them.
 
-    python -m data.reference                    write README.md's generated parts
-    python -m data.reference --run              make every reference run again first: an hour on two cores
-    python -m data.reference --run demo-sciq    only some of them
+    python tests/make_results.py                    write the generated parts of both files
+    python tests/make_results.py --run              make the demo's reference runs again first: an hour on two cores
+    python tests/make_results.py --run demo-sciq    only some of them
+    python tests/make_results.py --run sciq-answer  a run of the real pair: hours; see tests/make_pair.py
+    python tests/make_results.py --cosmosqa FILE.jsonl [--data-dir DIR]    CosmosQA's validation file as a task
+
+The real runs read the pair from ./pair and the official files from $SELW2S_DATA.
 """
+import csv
+import io
 import json
 import re
 import shutil
@@ -13,8 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.report import mean_of
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
+from data import official
+from data.results.report import mean_of, span
+
+RESULTS = ROOT / "data/results"
 TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")
 SEEDS = ("--seeds", "0", "1", "2", "3", "4", "5")
 FIGURES = ("main.svg", "p_ik.svg", "labels.svg", "pipeline.svg")
@@ -26,14 +37,27 @@ REFERENCE = {       # folder in data/results: flags of the run, files kept of it
         ("--task", task, "--methods", "naive", *SEEDS, "--analysis", kind), ("result.json", "analysis.svg"))
        for kind, task in (("cross-task", "demo-sciq"), ("difficulty", "demo-sciq"),
                           *(("sweep", task) for task in TASKS))}}
+PAIR = ("--weak", "pair/smollm2-135m", "--strong", "pair/gemma-3-270m")
+STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only", "selective",
+            "fused")
+ANSWER = ("--student", "answer")
+REAL = {            # the same for the real pair; a run that was not made is "not measured" in the tables
+    "sciq-classifier": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS),
+                        ("result.json", "items.npz", *FIGURES)),
+    "sciq-answer": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER),
+                    ("result.json", "items.npz", *FIGURES)),
+    "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
+                     ("result.json", "items.npz", *FIGURES)),
+    "cosmosqa-answer": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
+                        ("result.json", "items.npz", *FIGURES))}
 DECISIONS = {       # row of the README's table of decisions: flags of its alternatives
     "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
-    "D3": (("--target", "soft"),), "D4": (("--tau", "0.5"), ("--tau", "0.9")), "D5": (("--anchors", "0"),),
-    "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")), "D9": (("--lr", "2e-4"),),
-    "D15": (("--gamma", "1"),)}
-RESULTS = Path(__file__).resolve().parent / "results"
-ROOT = RESULTS.parent.parent
-BARE = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path('selw2s.py', run_name='__main__')"
+    "D3": (("--target", "soft"),),
+    "D4": (("--tau", "answers"), ("--tau", "labels"), ("--tau", "item"), ("--tau", "0.5")),
+    "D5": (("--anchors", "0"),), "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")),
+    "D9": (("--lr", "2e-4"),), "D15": (("--gamma", "1"),), "D16": (("--folds", "2"), ("--folds", "10")),
+    "D17": (("--student", "answer"),)}
+BARE = "import sys; sys.modules['matplotlib'] = None; import selw2s; sys.exit(selw2s.main())"
 
 
 def launch(flags, how=("selw2s.py",)) -> tuple[Path, str]:
@@ -44,13 +68,13 @@ def launch(flags, how=("selw2s.py",)) -> tuple[Path, str]:
     return ROOT / re.search(r"^written   (\S+)/ ", out, re.M)[1], out
 
 
-def reference(names) -> None:
+def make(names) -> None:
     """Make the named reference runs again and keep their files; of the decisions, one number per seed."""
     for name in names:
         if name == "decisions":
             measure_decisions()
             continue
-        flags, files = REFERENCE[name]      # the demo's output is shown as it is without matplotlib
+        flags, files = (REFERENCE | REAL)[name]     # the demo's output is shown as it is without matplotlib
         made, out = launch(flags, ("-c", BARE) if name == "demo" else ("selw2s.py",))
         folder = RESULTS / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +101,18 @@ def measure_decisions() -> None:
     (RESULTS / "decisions.json").write_text(text + "\n", "utf-8")
 
 
+def cosmosqa_task(file: str, data_dir: str | None) -> None:
+    """CosmosQA's official validation questions, one JSON object a line; without "split", the program parts train
+    and test by context (data/jsonl.py). For where the official training file is not at hand."""
+    text = official.content("cosmosqa/valid.csv", data_dir).decode()
+    rows = [{"id": row["id"], "context": row["context"], "question": row["question"],
+             "options": [row[f"answer{i}"] for i in range(4)], "answer": int(row["label"])}
+            for row in csv.DictReader(io.StringIO(text, newline=""))]
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    print(f"{file}: {len(rows):,} questions")
+
+
+# --------------------------------------------------------------------------------------------- generated parts
 def kept(name: str) -> dict | None:
     """result.json of a reference run; None if it was not made yet."""
     file = RESULTS / name / "result.json"
@@ -84,102 +120,139 @@ def kept(name: str) -> dict | None:
 
 
 def spread(value, ci) -> str:
+    """A number with its interval."""
     if value is None:
         return "undefined"
-    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+    return f"{value:.3f} {span(ci)}" if ci else f"{value:.3f}"
 
 
 def cell(result: dict, method: str, key: str = "accuracy", ci: str = "ci95") -> str:
-    row = result["metrics"]["methods"][method]
-    return spread(row[key], row[ci])
+    """One method's number with its interval."""
+    row = result["metrics"]["methods"].get(method)
+    return "not measured" if row is None else spread(row[key], row[ci])
 
 
-def main_block(_: str) -> str:
-    """The README's first table: one row per demo task."""
-    lines = ["| task | weak | naive | **selective** | ceiling | selective - naive | PGR naive | "
-             "PGR selective | test items x seeds | seconds | result |", "|---" * 11 + "|"]
-    commands = []
-    for task in TASKS:
-        result = kept(task)
-        difference = result["metrics"]["methods"]["selective"]["minus_naive"]
-        cells = [cell(result, m) for m in ("weak", "naive", "selective", "ceiling")]
-        cells += [spread(difference["mean"], difference["ci95"])]
+def row_of(cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def difference(result: dict, method: str, to: str) -> str:
+    """Accuracy of a method less that of another, with its paired interval."""
+    row = result["metrics"]["methods"][method].get(f"minus_{to}")
+    return "not measured" if row is None else f"{row['mean']:+.3f} {span(row['ci95'])}"
+
+
+def seconds(result: dict) -> float:
+    """Of all stages that a result needed, each once, wherever they were computed."""
+    return sum({stage["key"]: stage["seconds"] for stage in result["stages"]}.values())
+
+
+def main_table(names) -> str:
+    """One row per run: the methods that the claim is about."""
+    head = ["run", "weak", "**zero-shot**", "naive", "**selective**", "fused", "ceiling", "selective - naive",
+            "selective - zero-shot", "PGR naive", "PGR selective", "test items x seeds", "minutes"]
+    lines, commands = [row_of(head), "|---" * len(head) + "|"], []
+    for name in names:
+        result = kept(name)
+        if result is None:
+            flags = " ".join((REFERENCE | REAL)[name][0])
+            lines.append(row_of([name, *["not measured"] * (len(head) - 1)]))
+            commands.append(f"    python selw2s.py {flags}")
+            continue
+        cells = [cell(result, m) for m in ("weak", "zero-shot", "naive", "selective", "fused", "ceiling")]
+        cells += [difference(result, "selective", other) for other in ("naive", "zero-shot")]
         cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "selective")]
-        cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
-                  f"{sum({stage['key']: stage['seconds'] for stage in result['stages']}.values()):.0f}",
-                  f"[json](data/results/{task}/result.json)"]
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+        cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}", f"{seconds(result) / 60:.1f}"]
+        lines.append(row_of([f"[{name}](data/results/{name}/result.json)", *cells]))
         commands.append(f"    {result['command']}")
     return "\n".join(lines) + "\n\nmade by\n\n" + "\n".join(commands)
 
 
-def results_block(_: str) -> str:
-    """All methods and label sources on the demo tasks."""
-    runs = {task: kept(task) for task in TASKS}
+def methods_table(names) -> str:
+    """All methods and label sources of some runs."""
+    runs = {name: kept(name) for name in names if kept(name)}
+    if not runs:
+        return "not measured"
 
-    def row(name, get):
-        return f"| {name} | " + " | ".join(get(result) for result in runs.values()) + " |"
+    def row(title, get):
+        return row_of([title, *(get(result) for result in runs.values())])
 
     def mean(get):
         return lambda r: f"{np.mean([get(seed['diagnostics']) for seed in r['seeds']]):.3f}"
-    titles = {"selective": "**selective**", "oracle": "oracle (not attainable)"}
-    lines = [row("accuracy on test [95 % interval]", lambda r: r["data"]["name"]),
-             "|---" * (len(runs) + 1) + "|"]
-    lines += [row(titles.get(m, m), lambda r, m=m: cell(r, m))
-              for m in runs["demo-sciq"]["metrics"]["methods"]]
-    lines += [row("majority class", lambda r: f"{r['metrics']['majority']:.3f}")]
-    lines += [row(name, mean(get)) for name, get in (
-        ("own answers right, questions of D_u", lambda d: d["p_ik"]["transfer"]["own_right"]),
-        ("P(IK): AUROC on D_u", lambda d: d["p_ik"]["transfer"]["auroc"]),
-        ("P(IK): AUROC on test", lambda d: d["p_ik"]["test"]["auroc"]),
-        ("P(IK): ECE on test", lambda d: d["p_ik"]["test"]["ece"]),
-        ("own answer's probability in its place: AUROC", lambda d: d["p_ik"]["test"]["own_p_auroc"]),
-        ("own label used on D_u", lambda d: d["coverage"]),
-        *((f"{name} labels right", lambda d, key=key: d["label_accuracy"][key]["all"]) for name, key in (
-            ("weak", "weak"), ("own", "own"), ("smoothed weak", "smoothed_weak"),
-            ("selective's", "label/selective"), ("oracle's", "label/oracle"))))]
+    titles = {"selective": "**selective**", "zero-shot": "**zero-shot** (the strong model untouched)",
+              "oracle": "oracle (not attainable)"}
+    methods = list(dict.fromkeys(m for r in runs.values() for m in r["metrics"]["methods"]))
+    lines = [row_of(["accuracy on test [95 % interval]", *runs]), "|---" * (len(runs) + 1) + "|"]
+    lines += [row(titles.get(m, m), lambda r, m=m: cell(r, m)) for m in methods]
+    lines.append(row("majority class", lambda r: f"{r['metrics']['majority']:.3f}"))
+    lines.append(row("own answers right, questions of D_u", mean(lambda d: d["p_ik"]["transfer"]["own_right"])))
+    for router in ("probe", "belief", "both"):
+        for part, where in (("transfer", "D_u"), ("test", "test")):
+            lines.append(row(f"P(IK) by {router}: AUROC / ECE on {where}", lambda r, a=router, b=part: " / ".join(
+                f"{np.mean([s['diagnostics']['routers'][a][b][m] for s in r['seeds']]):.3f}" for m in ("auroc", "ece"))))
+    lines.append(row("tau's rule, by seed", lambda r: " ".join(s["tau_rule"] for s in r["seeds"])))
+    lines.append(row("own label used on D_u", mean(lambda d: d["coverage"])))
+    for key in dict.fromkeys(k for r in runs.values() for k in r["seeds"][0]["diagnostics"]["label_accuracy"]):
+        title = key.removeprefix("label/").replace("_", " ") + ("'s labels right" if "/" in key else " labels right")
+        lines.append(row(title, lambda r, k=key: label_cell(r, k)))
+    lines.append(row("supervisor right on D_l, cross-fitted", lambda r: f"{r['metrics']['supervisor']['cross_fitted']:.3f}"))
     return "\n".join(lines)
 
 
-def analysis_block(_: str) -> str:
+def label_cell(result: dict, key: str) -> str:
+    """Share of right labels of D_u, mean over seeds."""
+    rows = [seed["diagnostics"]["label_accuracy"] for seed in result["seeds"]]
+    return f"{np.mean([r[key]['all'] for r in rows]):.3f}" if key in rows[0] else "not measured"
+
+
+def analysis_table(_: str) -> str:
     """P(IK) across tasks and difficulties."""
     cross, hard = kept("cross-task-sciq"), kept("difficulty-sciq")
 
     def means(rows, *keys):
         return [f"{mean_of(rows, key):.2f}" for key in keys]
-    lines = ["| P(IK) trained on | " + " | ".join(f"used on {b}" for b in TASKS) + " |",
-             "|---" * (len(TASKS) + 1) + "|"]
+    lines = [row_of(["P(IK) trained on", *(f"used on {b}" for b in TASKS)]), "|---" * (len(TASKS) + 1) + "|"]
     for a in TASKS:
         cells = (means(cross["analysis"][f"{a} -> {b}"], "auroc", "ece", "accuracy") for b in TASKS)
-        lines.append(f"| {a} | " + " | ".join(map(", ".join, cells)) + " |")
+        lines.append(row_of([a, *map(", ".join, cells)]))
     lines += ["", f"AUROC and ECE on D_u, accuracy of the selective student; {len(cross['config']['seeds'])} "
               "seeds. On demo-sciq, difficulty being the weak model's loss:", "",
-              "| P(IK) trained on | AUROC on easy items of D_u | on hard ones | selective student |",
-              "|---|---|---|---|"]
+              row_of(["P(IK) trained on", "AUROC on easy items of D_u", "on hard ones", "selective student"]),
+              "|---" * 4 + "|"]
     for name, rows in hard["analysis"].items():
-        cells = " | ".join(means(rows, "auroc_on_easy", "auroc_on_hard", "accuracy"))
-        lines.append(f"| {name.removeprefix('trained on ')} items of D_l | {cells} |")
+        cells = means(rows, "auroc_on_easy", "auroc_on_hard", "accuracy")
+        lines.append(row_of([name.removeprefix("trained on ") + " items of D_l", *cells]))
     return "\n".join(lines)
 
 
-def smoothing_block(_: str) -> str:
+def smoothing_table(_: str) -> str:
     """Where smoothing helps, where it hurts: label accuracy on D_u with alpha fixed, and with it chosen."""
     how, middle = " (graph-only)", " (graph-only, middle layer)"
     fixed = [title[:-len(how)] for title in kept("sweep-sciq")["analysis"]
              if title.startswith("alpha ") and title.endswith(how)]
-    lines = ["| labels of D_u right | graph on | " + " | ".join(fixed) + " | chosen on D_l |",
-             "|---" * (len(fixed) + 3) + "|"]
+    lines = [row_of(["labels of D_u right", "graph on", *fixed, "chosen on D_l"]), "|---" * (len(fixed) + 3) + "|"]
     for task in TASKS:
         rows, chosen = kept(f"sweep{task.removeprefix('demo')}")["analysis"], kept(task)
         alone = chosen["metrics"]["methods"]["graph-only"]["label_accuracy"]
         auto = mean_of(rows["alpha auto" + middle], "label_accuracy")
         for where, suffix, last in (("chosen layer", how, alone), ("middle layer", middle, auto)):
             cells = [f"{mean_of(rows[title + suffix], 'label_accuracy'):.3f}" for title in fixed]
-            lines.append(f"| {task} | {where} | " + " | ".join([*cells, f"{last:.3f}"]) + " |")
+            lines.append(row_of([task, where, *cells, f"{last:.3f}"]))
     return "\n".join(lines)
 
 
-def decisions_block(text: str) -> str:
+def choice_table(_: str) -> str:
+    """Which view of D_l chooses smoothing best (tests/bench_smoothing.py)."""
+    rows = json.loads((RESULTS / "smoothing_choice.json").read_text("utf-8"))
+    views = ("none", "best", "fold", "fold, k/5", "all", "fold + D_u")
+    lines = [row_of(["labels of D_u right", *views, "seeds"]), "|---" * (len(views) + 2) + "|"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        lines.append(row_of([task, *(f"{np.mean([r[v]['accuracy'] for r in mine]):.3f}" for v in views), str(len(mine))]))
+    return "\n".join(lines)
+
+
+def decisions_table(text: str) -> str:
     """The table of decisions, its last column filled in: effects on the selective student."""
     rows = json.loads((RESULTS / "decisions.json").read_text("utf-8"))["rows"]
     accuracies, out = {(row["task"], row["flags"]): np.array(row["accuracy"]) for row in rows}, []
@@ -193,21 +266,34 @@ def decisions_block(text: str) -> str:
     return "\n".join(out)
 
 
-def readme(text: str) -> str:
-    """README.md with every part between <!-- name --> and <!-- end --> made anew from data/results."""
+def demo_table(_: str) -> str:
+    """The table that the demo prints."""
     printed = (RESULTS / "demo/output.txt").read_text("utf-8").splitlines()
-    parts = {"main": main_block, "results": results_block, "analysis": analysis_block,
-             "smoothing": smoothing_block, "decisions": decisions_block,
-             "output": lambda _: "\n".join("    " + line for line in printed)}
-    return re.sub(r"<!-- (\w+) -->\n(.*?)<!-- end -->",
-                  lambda m: f"<!-- {m[1]} -->\n{parts[m[1]](m[2])}\n<!-- end -->", text, flags=re.S)
+    start = next(i for i, line in enumerate(printed) if line.startswith("method "))
+    end = next(i for i in range(start, len(printed)) if not printed[i])
+    return "\n".join("    " + line for line in printed[start:end])
+
+
+PARTS = {"demo": lambda _: main_table(TASKS), "real": lambda _: main_table(REAL), "output": demo_table,
+         "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
+         "analysis": analysis_table, "smoothing": smoothing_table, "choice": choice_table,
+         "decisions": decisions_table}
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
+
+
+def generated(text: str) -> str:
+    """A page with every part between <!-- name --> and <!-- end --> made anew from data/results."""
+    return re.sub(r"<!-- ([\w-]+) -->\n(.*?)<!-- end -->",
+                  lambda m: f"<!-- {m[1]} -->\n{PARTS[m[1]](m[2])}\n<!-- end -->", text, flags=re.S)
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--cosmosqa"]:
+        return cosmosqa_task(sys.argv[2], sys.argv[4] if sys.argv[3:4] == ["--data-dir"] else None)
     if sys.argv[1:2] == ["--run"]:
-        reference(sys.argv[2:] or [*REFERENCE, "decisions"])
-    path = ROOT / "README.md"
-    path.write_text(readme(path.read_text("utf-8")), "utf-8")
+        make(sys.argv[2:] or [*REFERENCE, "decisions"])
+    for page in PAGES:
+        page.write_text(generated(page.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_items_agree_with_their_questions(protocol, seed):
         q = by_id[item.question_id]
         assert item.id == f"{q.id}/{item.option}"
         if q.options == YES_NO:
-            assert (item.option, item.text, item.label) == (-1, prompt(q), q.answer)
+            assert (item.option, item.text, item.label) == (1, prompt(q), q.answer)
         else:
             assert item.text == prompt(q) + completion(q, item.option)
             assert item.label == (item.option == q.answer)

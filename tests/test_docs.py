@@ -2,6 +2,7 @@
 
 Run: pytest tests/test_docs.py (2 s; with CI=1 the demo too, 30 s).
 """
+import ast
 import re
 import shlex
 import subprocess
@@ -10,13 +11,13 @@ from dataclasses import fields
 
 import pytest
 
+import make_results
 import selw2s
 from conftest import ROOT
-from data import analyses, reference, report
-from selw2s import METHODS
+from data.results import analyses, report
 
 README = (ROOT / "README.md").read_text("utf-8")
-SOURCES = [ROOT / "selw2s.py", ROOT / "model.py", ROOT / "graph.py", *sorted((ROOT / "data").glob("*.py"))]
+SOURCES = [ROOT / "selw2s.py", ROOT / "model.py", ROOT / "graph.py", *sorted((ROOT / "data").rglob("*.py"))]
 
 
 def test_decision_tags_of_code_and_readme_are_the_same():
@@ -28,7 +29,7 @@ def test_decision_tags_of_code_and_readme_are_the_same():
 def test_every_flag_named_in_the_readme_exists():
     flags = {"--" + f.name.replace("_", "-") for f in fields(selw2s.Config)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"python -m venv.*", "", README))) - {"--help"}
-    assert named <= flags | {"--build", "--text", "--run"}, named - flags
+    assert named <= flags, named - flags
 
 
 def test_every_function_of_the_map_exists():
@@ -43,15 +44,21 @@ def test_every_function_of_the_map_exists():
         assert hasattr(modules[module], name), (module, name)
 
 
-def test_generated_parts_of_the_readme_are_up_to_date():
-    assert reference.readme(README) == README
+@pytest.mark.parametrize("page", make_results.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_generated_parts_of_the_pages_are_up_to_date(page):
+    text = page.read_text("utf-8")
+    assert make_results.generated(text) == text
 
 
-@pytest.mark.parametrize("name", [name for name, (_, files) in reference.REFERENCE.items() if len(files) > 1])
+KEPT = [name for name, (_, files) in (make_results.REFERENCE | make_results.REAL).items()
+        if len(files) > 1 and make_results.kept(name)]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_figures_follow_from_the_result_files(name, tmp_path):
     pytest.importorskip("matplotlib")
-    from data.figures import figures
-    kept = reference.RESULTS / name
+    from data.results.figures import figures
+    kept = make_results.RESULTS / name
     (tmp_path / "result.json").write_bytes((kept / "result.json").read_bytes())
     drawn = figures(tmp_path)
     for file in kept.glob("*.svg"):
@@ -59,15 +66,42 @@ def test_figures_follow_from_the_result_files(name, tmp_path):
 
 
 def test_reference_runs_are_of_one_code_and_say_their_command():
-    runs = {name: reference.kept(name) for name in reference.REFERENCE}
+    """The demo's runs; a run of the real pair, hours long, says its own."""
+    runs = {name: make_results.kept(name) for name in make_results.REFERENCE}
     assert all(runs.values()), [name for name, run in runs.items() if not run]
     assert len({str(run["code"]) for run in runs.values()}) == 1
-    for name, run in runs.items():
-        flags = reference.REFERENCE[name][0]
-        assert run["finished"] and run["command"] == shlex.join(["python", "selw2s.py", *flags])
-    for name in reference.TASKS:
+    real = {name: make_results.kept(name) for name in make_results.REAL}
+    for name, run in (runs | real).items():
+        flags = (make_results.REFERENCE | make_results.REAL)[name][0]
+        assert run is None or run["finished"] and run["command"] == shlex.join(["python", "selw2s.py", *flags])
+    for name in make_results.TASKS:
         assert (len(runs[name]["seeds"]) == 6
-                and tuple(runs[name]["metrics"]["methods"]) == METHODS)
+                and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHODS)
+
+
+ALLOWED = {"selw2s": {"model", "graph", "data"}, "model": {"data"}, "graph": set(), "data": {"data"}}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_one_way(file):
+    """selw2s -> model, graph, data; model -> data.families, data.tokens; graph -> torch alone; nothing imports
+    selw2s but functions of data.results.analyses."""
+    tree, room = ast.parse(file.read_text("utf-8")), file.relative_to(ROOT).with_suffix("").parts
+    found = {}
+    for node in ast.walk(tree):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else names
+        found |= {name: node.col_offset > 0 for name in names if name.split(".")[0] in (*ALLOWED, "tests")}
+    lazy = room == ("data", "results", "analyses") and found.pop("selw2s", True)
+    lazy = lazy or room == ("selw2s",) and found.pop("selw2s", True)    # run as a script, it imports itself
+    assert lazy or "selw2s" not in found
+    assert {name.split(".")[0] for name in found} <= ALLOWED[room[0]], found
+    if room == ("model",):
+        assert set(found) <= {"data.families", "data.tokens"}
+    if room in (("data", "families"), ("data", "tokens"), ("data", "cache"), ("graph",)):
+        assert not found
+    if room[0] == "data" and "results" not in room:
+        assert not any(name.startswith("data.results") for name in found)
 
 
 COMMANDS = [line.strip() for line in re.findall(r"^    (?:python|python3) .*", README, re.M)]
@@ -85,7 +119,7 @@ def test_every_command_of_the_readme_is_understood():
 @pytest.mark.slow
 def test_the_demo_prints_what_the_readme_shows(tmp_path):
     """Line by line, but for numbers: those may differ in their last digits on another processor."""
-    command = [*reference.BARE.split("\n"), "--task", "demo", "--out", str(tmp_path)]
+    command = [*make_results.BARE.split("\n"), "--task", "demo", "--out", str(tmp_path)]
     out = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True,
                          check=True).stdout
 
@@ -93,12 +127,12 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path):
         text = re.sub(r"written .*|out=\S+", "", text)
         return [re.sub(r"[-+\d.,\[\]%()\s]+", " ", line).strip()
                 for line in text.splitlines() if line.strip()]
-    shown = README.split("<!-- output -->")[1].split("<!-- end -->")[0]
+    shown = (make_results.RESULTS / "demo/output.txt").read_text("utf-8")
     assert words(out) == words(shown)
 
 
 def test_the_text_of_the_world_is_shown():
-    out = subprocess.run([sys.executable, "-m", "data.world"], cwd=ROOT, capture_output=True, text=True,
+    out = subprocess.run([sys.executable, "tests/make_demo.py", "--show"], cwd=ROOT, capture_output=True, text=True,
                          check=True)
     assert len(out.stdout.splitlines()) >= 40
 
@@ -121,6 +155,6 @@ def test_top_level_is_the_design_cards():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if tracked:
         names = {path.split("/")[0] for path in tracked
-                 if not path.startswith(".") and not path.startswith("LICENSE")}
-        assert names == {"selw2s.py", "model.py", "graph.py", "data", "tests", "requirements.txt",
-                         "README.md"}
+                 if not path.startswith(".")}
+        assert names == {"selw2s.py", "model.py", "graph.py", "data", "tests", "requirements.txt", "README.md",
+                         "LICENSE", "CITATION.cff"}

@@ -199,42 +199,173 @@ def test_smoothing_repairs_random_errors_where_neighbours_share_the_truth():
     assert s.smooth(x, prior, 0.0, 10, 3.0) is prior
 
 
-HALF = torch.arange(300) // 2 % 2       # both classes in each
+def two_views(x, prior, truth, layers=None):
+    """Two graphs of 150 items each, both classes in each; all items scored."""
+    half = torch.arange(300) // 2 % 2
+    features = x[:, None] if layers is None else torch.stack(layers, 1)
+    return [s.View(features[half == h], prior[half == h], truth[half == h], torch.ones(150, dtype=torch.bool))
+            for h in (0, 1)]
 
 
 def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
-    """One half's model says yes to all, the other's no: mixed on one graph they look repaired, which no D_u
+    """One view's model says yes to all, the other's no: mixed on one graph they look repaired, which no D_u
     can be."""
     x, _, truth = clusters()
-    g = torch.Generator().manual_seed(2)
-    prior = 0.5 + 0.2 * (HALF * 2 - 1) + 0.25 * (truth - 0.5) * torch.rand(300, generator=g)
+    half, g = torch.arange(300) // 2 % 2, torch.Generator().manual_seed(2)
+    prior = 0.5 + 0.2 * (half * 2 - 1) + 0.25 * (truth - 0.5) * torch.rand(300, generator=g)
     mixed = s.smooth(x, prior, 0.97, 10, 3.0)
     assert s.accuracy(prior, truth) == 0.5 and s.accuracy(mixed, truth) > 0.9
-    chosen = s.choose_smoothing(x[:, None], prior, truth, torch.ones(300, dtype=torch.bool), HALF, s.Config())
+    chosen = s.choose_smoothing(two_views(x, prior, truth), s.Config())
     assert chosen.alpha == 0 and chosen.after == 0.5
 
 
 def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
-    config = s.Config()
     x, prior, truth = clusters()
-    everything = torch.ones(300, dtype=torch.bool)
-    good = s.choose_smoothing(x[:, None], prior, truth, everything, HALF, config)
+    good = s.choose_smoothing(two_views(x, prior, truth), s.Config())
     assert good.alpha > 0 and good.after > good.before + 0.1
     shuffled = truth[torch.randperm(300, generator=torch.Generator().manual_seed(5))]
     flipped = torch.rand(300, generator=torch.Generator().manual_seed(6)) < 0.2
     prior = torch.where(flipped, 1 - shuffled, shuffled)
-    bad = s.choose_smoothing(x[:, None], prior, shuffled, everything, HALF, config)
+    bad = s.choose_smoothing(two_views(x, prior, shuffled), s.Config())
     assert bad.alpha == 0 and bad.after == bad.before
-    forced = s.choose_smoothing(x[:, None], prior, shuffled, everything, HALF, s.Config(alpha=0.9, k=10))
+    forced = s.choose_smoothing(two_views(x, prior, shuffled), s.Config(alpha=0.9, k=10))
     assert forced.alpha == 0.9 and forced.k == 10 and forced.after < forced.before
 
 
 def test_the_right_layer_is_chosen():
     x, prior, truth = clusters()
     junk = torch.randn(300, 17, generator=torch.Generator().manual_seed(9))
-    everything = torch.ones(300, dtype=torch.bool)
-    chosen = s.choose_smoothing(torch.stack([junk, x], 1), prior, truth, everything, HALF, s.Config())
-    assert chosen.layer == 1
+    assert s.choose_smoothing(two_views(x, prior, truth, [junk, x]), s.Config()).layer == 1
+
+
+def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
+    features, truth, config = torch.randn(12, 1, 4), torch.arange(12) % 2.0, s.Config(alpha=0.5, k=50)
+    view = s.View(features, truth, truth, torch.ones(12, dtype=torch.bool))
+    assert s.choose_smoothing([view, view], config).k == 50
+    lone = s.View(features[:1], truth[:1], truth[:1], torch.ones(1, dtype=torch.bool))
+    chosen = s.choose_smoothing([view, lone], config)       # one item has no neighbours: nothing to choose by
+    assert (chosen.alpha, chosen.k, chosen.before) == (0.5, 50, None)
+
+
+def part(n, seed=0, fold=True):
+    """A Part of n items with random contents, K = 4 options, R = 2 states of width 3; truth and fold of D_l."""
+    g = torch.Generator().manual_seed(seed)
+    p = torch.rand(n, 4, generator=g, dtype=torch.float64)
+    option = torch.randint(4, (n,), generator=g)
+    truth = (torch.rand(n, generator=g) < 0.5).float()
+    items = [s.Item(f"q{i}/{o}", f"q{i}", "", int(o), int(t)) for i, (o, t) in enumerate(zip(option, truth))]
+    belief = p / p.sum(1, keepdim=True)
+    known = dict(truth=truth, gold=torch.randint(4, (n,), generator=g), fold=torch.arange(n) % 5) if fold else {}
+    return s.Part(items, [None] * n, [[i] for i in range(n)], torch.rand(n, generator=g),
+                  (belief.argmax(1) == option).float(), belief.gather(1, option[:, None])[:, 0].float(), belief,
+                  torch.randn(n, 2, 3, generator=g), torch.randn(n, 2, 3, generator=g), **known)
+
+
+def prepared(n=50, m=40):
+    labelled = part(n)
+    by_fold = torch.rand(5, m, generator=torch.Generator().manual_seed(7))
+    return s.Prepared(labelled, labelled, part(m, 1, fold=False), part(m, 2, fold=False), "w", by_fold)
+
+
+def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
+    prep = prepared()
+    own_l, own_u = torch.rand(50) < 0.4, torch.rand(40) < 0.4
+    for anchors in (True, False):
+        graphs = s.views(prep, own_l, own_u, anchors)
+        assert len(graphs) == 5
+        for f, view in enumerate(graphs):
+            at = prep.learn.fold == f
+            weak = torch.cat([prep.learn.weak[at], prep.by_fold[f]])
+            own, is_own = torch.cat([prep.learn.own[at], prep.transfer.own]), torch.cat([own_l[at], own_u])
+            assert torch.equal(view.prior, torch.where(is_own, own, weak) if anchors else weak)
+            assert torch.equal(view.features, torch.cat([prep.learn.item_state[at], prep.transfer.item_state]))
+            assert view.scored.tolist() == (~own_l[at]).tolist() + [False] * 40
+            assert torch.equal(view.truth[:10], prep.learn.truth[at]) and view.truth[10:].isnan().all()
+
+
+def test_take_keeps_rows_of_every_field_together():
+    labelled, rows = part(50), torch.arange(50) % 3 == 1
+    taken = s.take(labelled, rows)
+    for name, value in labelled._asdict().items():
+        expected = [value[i] for i in range(50) if rows[i]] if isinstance(value, list) else value[rows]
+        got = getattr(taken, name)
+        assert got == expected if isinstance(value, list) else torch.equal(got, expected), name
+    assert s.take(part(9, fold=False), torch.arange(9) < 4).truth is None
+
+
+# ------------------------------------------------------------------------- thresholds, routers, fused labels
+def test_thresholds_by_hand():
+    """a = supervisor right on D_l, q = own labels right among wrong answers: labels is (a - q) / (1 - q)."""
+    prep = prepared()
+    learn = prep.learn
+    a = s.accuracy(learn.weak, learn.truth)
+    wrong = learn.belief.argmax(1) != learn.gold
+    q = s.accuracy(learn.own[wrong], learn.truth[wrong])
+    p = torch.rand(50, generator=torch.Generator().manual_seed(4))
+    for rule, value in (("answers", a), ("labels", (a - q) / (1 - q))):
+        name, tau_l, tau_u = s.thresholds(s.Config(tau=rule), prep, p)
+        assert name == rule and len(tau_l) == 50 and len(tau_u) == 40
+        close(float(tau_l[0]), value, 1e-6)
+        assert (tau_l == tau_l[0]).all() and (tau_u == tau_l[0]).all()
+    name, tau_l, tau_u = s.thresholds(s.Config(tau=0.7), prep, p)
+    assert name == "fixed" and (tau_u == np.float32(0.7)).all()
+    name, tau_l, tau_u = s.thresholds(s.Config(tau="item"), prep, p)
+    sure = s.fit_probe(s.log_odds(learn.weak).abs()[:, None], ((learn.weak > 0.5) == (learn.truth > 0.5)).double(),
+                       fold=learn.fold)
+    confidence = sure.predict(s.log_odds(prep.transfer.weak).abs()[:, None])
+    torch.testing.assert_close(tau_u, ((confidence - q) / (1 - q)).float())
+    torch.testing.assert_close(tau_l, ((sure.held_out - q) / (1 - q)).float())
+    name, tau_l, _ = s.thresholds(s.Config(), prep, p)
+    right = {rule: s.accuracy(s.route(p, learn.own, learn.weak, s.thresholds(s.Config(tau=rule), prep, p)[1])[0],
+                              learn.truth) for rule in s.TAU_RULES}
+    assert right[name] == max(right.values()) and len(set(right.values())) > 1
+
+
+def test_thresholds_where_every_own_label_is_right():
+    prep = prepared()
+    learn = prep.learn._replace(own=prep.learn.truth)
+    _, _, tau = s.thresholds(s.Config(tau="labels"), prep._replace(learn=learn), torch.rand(50))
+    assert tau.isfinite().all() and (tau < 0).all()         # own label everywhere
+
+
+def test_routers_see_what_they_say():
+    some = part(9)
+    assert all(torch.equal(x, some.prompt_state[:, r].double()) for r, x in enumerate(s.router_features("probe", some)))
+    belief, = s.router_features("belief", some)
+    assert belief.shape == (9, 4) and (belief.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(belief.exp().sum(1), torch.ones(9, dtype=torch.float64))
+    for r, both in enumerate(s.router_features("both", some)):
+        assert torch.equal(both, torch.cat([some.prompt_state[:, r].double(), belief], 1))
+
+
+def test_belief_tells_right_answers_where_the_state_does_not():
+    prep = prepared(200, 40)
+    gold = torch.where(prep.learn.belief.amax(1) > 0.4, prep.learn.belief.argmax(1), (prep.learn.belief.argmax(1) + 1) % 4)
+    prep = prep._replace(learn=prep.learn._replace(gold=gold))
+    right = (prep.learn.belief.argmax(1) == gold).double()
+    area = {router: s.auroc(s.know(s.Config(), prep, router).learn, right) for router in s.ROUTERS}
+    assert area["belief"] > 0.95 and area["both"] > 0.95 and abs(area["probe"] - 0.5) < 0.2
+    known = s.know(s.Config(), prep, "both")
+    torch.testing.assert_close(known.predict(prep.transfer), known.transfer)
+
+
+def test_fused_is_a_logistic_regression_on_six_named_features():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    prep = prepared(200, 40)
+    p_l, p_u = torch.rand(200), torch.rand(40)
+    got = s.fused(prep, p_l, p_u)
+
+    def features(some, p):
+        weak, strong = (np.log(x / (1 - x)) for x in (some.weak.double().numpy(), some.zero_shot.double().numpy()))
+        p = p.double().numpy()
+        return np.stack([weak, strong, p, weak * strong, weak * p, strong * p], 1)
+    x = features(prep.learn, p_l)
+    mean, scale = x.mean(0), x.std(0, ddof=1)
+    l2 = s.fit_probe(torch.tensor(x), prep.learn.truth, fold=prep.learn.fold).l2
+    model = linear_model.LogisticRegression(C=1 / (l2 * 200), tol=1e-12, max_iter=100000)
+    model.fit((x - mean) / scale, prep.learn.truth.numpy())
+    np.testing.assert_allclose(got.numpy(), model.predict_proba((features(prep.transfer, p_u) - mean) / scale)[:, 1],
+                               atol=2e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- losses
@@ -277,13 +408,12 @@ def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
     calls, told = [], []
     stages = s.Stages(tmp_path, told.append)
 
-    def compute(unfinished):
+    def compute():
         calls.append(1)
-        unfinished.write_text("half")
-        return {"p": torch.arange(4.0), "n": torch.tensor([7])}
+        return {"p": torch.arange(4.0), "n": torch.tensor([7]), "weights": "a hash"}
     first = stages("finetune", "weak", (1, torch.ones(2)), compute)
     again = s.Stages(tmp_path, told.append)("finetune", "cross", (1, torch.ones(2)), compute)
-    assert len(calls) == 1 and torch.equal(first["p"], again["p"]) and set(again) == {"p", "n"}
+    assert len(calls) == 1 and torch.equal(first["p"], again["p"]) and set(again) == {"p", "n", "weights"} and again["weights"] == "a hash"
     stages("finetune", "weak", (2, torch.ones(2)), compute)
     assert len(calls) == 2
     file = sorted(tmp_path.iterdir())[0]
@@ -294,8 +424,8 @@ def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
         stages("finetune", "weak", (n, torch.ones(2)), compute)
     assert len(calls) == 3 and len(told) == 1 and "damaged" in told[0]
     file.write_bytes(file.read_bytes().replace(b'"p"', b'"q"'))     # one bit of a name
-    assert set(stages("finetune", "weak", (1, torch.ones(2)), compute)) == {"p", "n"}
-    assert set(stages("finetune", "weak", (2, torch.ones(2)), compute)) == {"p", "n"}
+    assert set(stages("finetune", "weak", (1, torch.ones(2)), compute)) == {"p", "n", "weights"}
+    assert set(stages("finetune", "weak", (2, torch.ones(2)), compute)) == {"p", "n", "weights"}
     assert len(calls) == 4 and len(told) == 2
     file.write_bytes(file.read_bytes()[:50])            # truncated
     for n in (1, 2):
@@ -306,7 +436,7 @@ def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
 def test_interrupted_stage_leaves_nothing(tmp_path):
     stages = s.Stages(tmp_path, print)
     with pytest.raises(KeyboardInterrupt):
-        stages("read", "read", (), lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+        stages("read", "read", (), lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -318,7 +448,8 @@ def diagnosed():
     naive = np.array([.8, .9, .1, .6, .2, .8, .9, .4])    # right: 0 1 3 4 7; wrong: 2 5 6
     ceiling = np.array([.9, .9, .9, .6, .1, .1, .9, .3])  # right: all but 6; known (3/4 sure): 0 1 2 4 5
     part = {"id": np.arange(8).astype(str), "truth": y, "own": y, "own_p": weak, "own_right": y, "p_ik": weak,
-            "p/weak": weak, "p/naive": naive, "p/ceiling": ceiling}
+            "p_ik/probe": weak, "p_ik/belief": 1 - y, "tau": np.full(8, 0.5), "p/weak": weak, "p/naive": naive,
+            "p/ceiling": ceiling}
     transfer = part | {"weak": weak, "is_self": np.array([True] * 2 + [False] * 6), "refined": naive,
                        "smoothed_weak": naive, "label/naive": weak}
     return r.diagnose({"transfer": transfer, "test": part, "homophily": 0.5}, ("weak", "naive", "ceiling"))
@@ -350,6 +481,23 @@ def test_known_and_unknown_imitation_and_misfit_by_hand():
     close(naive["gain"], gain, 1e-9)
     close(naive["misfit"], misfit, 1e-9)
     assert diagnosed()["methods"]["weak"]["misfit"] == 0
+
+
+def test_every_router_is_diagnosed():
+    routers = diagnosed()["routers"]
+    assert set(routers) == {"probe", "belief"} and routers["belief"]["test"] == {"auroc": 0.0, "brier": 1.0, "ece": 1.0}
+    assert routers["belief"]["coverage"] == 0.5 and routers["probe"]["coverage"] == 0.5
+    assert routers["probe"]["test"]["auroc"] == diagnosed()["p_ik"]["test"]["auroc"]
+
+
+def test_the_two_views_of_the_supervisor_are_compared():
+    def run(seen, real, n=1000):
+        weak = np.r_[np.ones(round(real * n)), np.zeros(n - round(real * n))]
+        return {"cross_fitted": seen, "n": {"labelled": n, "transfer": n}, "transfer": {"weak": weak, "truth": np.ones(n)}}
+    view = r.supervisor_views([run(0.537, 0.731)])
+    assert view["cross_fitted"] == 0.537 and view["actual"] == pytest.approx(0.731)
+    close(view["standard_errors"], (0.537 - 0.731) / (0.537 * 0.463 / 1000 + 0.731 * 0.269 / 1000) ** 0.5, 1e-6)
+    close(r.supervisor_views([run(0.7, 0.731)] * 4)["standard_errors"] / r.supervisor_views([run(0.7, 0.731)])["standard_errors"], 2, 1e-6)
 
 
 def test_risk_coverage_orders_by_p_ik():

@@ -12,6 +12,7 @@ import torch
 
 import selw2s
 from conftest import ROOT
+from data.cache import Stages
 from selw2s import METHODS
 
 
@@ -58,11 +59,11 @@ def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeyp
                         lambda *a, **k: task._replace(train=poison(task.train), test=poison(task.test)))
     dirty = go(tiny, tmp_path / "dirty", *methods)
     a, b = weights(clean), weights(dirty)
-    assert {name for name in a if a[name] != b[name]} == {"ceiling"}
+    assert {name for name in a if a[name] != b[name]} == {"ceiling"} and a.keys() >= {"fused", "zero-shot"}
     for name, row in clean["metrics"]["methods"].items():
         if name != "ceiling":
             assert row["accuracy"] == pytest.approx(1 - dirty["metrics"]["methods"][name]["accuracy"])
-    for key in ("tau", "layer", "l2", "smoothing"):
+    for key in ("tau", "tau_rule", "layer", "l2", "smoothing", "cross_fitted"):
         assert clean["seeds"][0][key] == dirty["seeds"][0][key]
 
 
@@ -100,8 +101,9 @@ def test_halves_are_disjoint_and_items_are_joined_by_id(full, tiny):
         own, label = data[f"seed{seed}/transfer/own"], data[f"seed{seed}/transfer/label/selective"]
         np.testing.assert_array_equal(label[is_self], own[is_self])
         np.testing.assert_array_equal(label[~is_self], data[f"seed{seed}/transfer/refined"][~is_self])
-        tau = result["seeds"][seed]["tau"]
-        np.testing.assert_array_equal(is_self, data[f"seed{seed}/transfer/p_ik"] >= np.float32(tau))
+        tau = data[f"seed{seed}/transfer/tau"]
+        np.testing.assert_array_equal(is_self, data[f"seed{seed}/transfer/p_ik"] >= tau)
+        assert tau.mean(dtype=float) == pytest.approx(result["seeds"][seed]["tau"])
 
 
 def test_every_number_of_the_table_follows_from_items_npz(full):
@@ -114,9 +116,9 @@ def test_every_number_of_the_table_follows_from_items_npz(full):
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
     n = {part: max(seed["n"][part] for seed in result["seeds"]) for part in ("labelled", "transfer")}
     used = {name: row["ground_truth_labels"] for name, row in result["metrics"]["methods"].items()}
-    assert used["self-only"] == 0 and used["ceiling"] == n["transfer"]
+    assert used["self-only"] == used["zero-shot"] == 0 and used["ceiling"] == n["transfer"]
     assert used["oracle"] == max(seed["n"]["labelled"] + seed["n"]["transfer"] for seed in result["seeds"])
-    assert {used[m] for m in ("weak", "naive", "selective", "strong-on-D_l", "graph-only")} == {n["labelled"]}
+    assert {used[m] for m in ("weak", "naive", "selective", "strong-on-D_l", "graph-only", "fused")} == {n["labelled"]}
 
 
 # ------------------------------------------------------------------------------------------- cache and result
@@ -170,10 +172,13 @@ def test_what_changes_the_result_changes_the_key(tiny, tmp_path):
         return {s["name"]: s["cached"] for s in result["stages"]}
     assert not any(names().values())
     assert all(names("--k", "5").values())              # concerns no stage of these methods
-    assert not any(v for k, v in names("--epochs", "1").items() if k != "read")
-    assert names("--shots", "2") == {"weak": True, "cross-0": True, "cross-1": True, "read": False,
-                                     "naive": True}
-    assert not any(v for k, v in names("--seeds", "1").items())
+    assert not any(v for k, v in names("--epochs", "1").items() if not k.startswith("read"))
+    reads = {"read labelled": False, "read transfer": False, "read test": False}
+    cross = {f"cross-{f}": True for f in range(5)}
+    assert names("--shots", "2") == {"weak": True, **cross, **reads, "naive": True}
+    folds = names("--folds", "3")
+    assert folds["weak"] and folds["naive"] and not any(folds[f"cross-{f}"] for f in range(3))
+    assert not any(v for k, v in names("--seeds", "1").items() if k != "read test")     # test has no seed
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -221,7 +226,7 @@ def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
     assert "start the same command again" in capsys.readouterr().err
     monkeypatch.undo()
     result = go(tiny, tmp_path)
-    assert [s["cached"] for s in result["stages"]][:4] == [True, True, True, False]
+    assert [s["cached"] for s in result["stages"]][:7] == [True] * 6 + [False]     # the supervisors were kept
 
 
 # ------------------------------------------------------------------------------- own answers, P(IK), analyses
@@ -237,66 +242,116 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
         3 if "--shots" in flags else 0)
 
 
+def prepared(tiny, out, *flags, told=None):
+    """Config, models, stages and steps 1 to 3 of seed 0."""
+    config = selw2s.parse([*tiny, "--out", str(out), *flags])
+    models = [selw2s.pretrained(source, False, config) for source in (config.weak, config.strong)]
+    stages = Stages(Path(out) / "cache", (told if told is not None else []).append)
+    task = selw2s.load_task(config.task)
+    return config, models, stages, selw2s.prepare(config, task, *models, 0, stages)
+
+
 def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
     """Its answer stood in the prompt: it is kept from P(IK), the choice of smoothing and the trust probe."""
-    from data.cache import Stages
-    config = selw2s.parse([*tiny, "--shots", "4", "--out", str(tmp_path)])
-    sides, told = [selw2s.open_side(tiny[i], config) for i in (3, 5)], []
-    task = selw2s.load_task(tiny[1])
-    p = selw2s.prepare(config, task, *sides, 0, Stages(tmp_path / "cache", told.append), told.append)
+    told = []
+    _, _, _, p = prepared(tiny, tmp_path, "--shots", "4", told=told)
     prompt = next(line for line in told if line.startswith("3 prompt"))
-    shown = [q for q in p.questions[:p.n_l] if selw2s.prompt(q)[:30] in prompt]
-    assert shown and not any(use for q, use in zip(p.questions, p.usable) if q.group == shown[0].group)
-    left = {q.group for q, use in zip(p.questions, p.usable) if use}
-    out = {q.group for q, use in zip(p.questions, p.usable) if not use}
-    assert not left & out and len(out) <= 4 and (~p.usable).sum() >= 4
-    spoiled = p._replace(own=p.own.clone(), cross=p.cross.clone(), truth=p.truth.clone(), gold=p.gold.clone())
-    gone = (~p.usable).nonzero()[:, 0]
-    spoiled.own[gone], spoiled.gold[gone] = 1 - spoiled.own[gone], (spoiled.gold[gone] + 1) % 4
-    a, b = selw2s.know(config, p), selw2s.know(config, spoiled)
-    U = slice(p.n_l, p.n_l + p.n_u)
-    assert torch.equal(a.p_ik[U], b.p_ik[U])
-    for x, y in zip(selw2s.select(config, p, a.p_ik)[1:6], selw2s.select(config, spoiled, b.p_ik)[1:6]):
-        assert torch.equal(x, y)
-    spoiled.truth[gone] = 1 - spoiled.truth[gone]
-    assert torch.equal(selw2s.trust(p, a.p_ik), selw2s.trust(spoiled, b.p_ik))
+    shown = [q for q in p.labelled.questions if selw2s.prompt(q)[:30] in prompt]
+    left = {q.group for q in p.learn.questions}
+    out = {q.group for q in p.labelled.questions} - left
+    assert shown and all(q.group in out for q in shown) and 1 <= len(out) <= 4
+    assert len(p.learn.items) == sum(q.group in left for q in p.labelled.questions) <= len(p.labelled.items) - 4
+    where = {item.id: i for i, item in enumerate(p.labelled.items)}
+    at = [where[item.id] for item in p.learn.items]
+    for name in ("weak", "own", "belief", "prompt_state", "item_state", "truth", "gold", "fold"):
+        assert torch.equal(getattr(p.learn, name), getattr(p.labelled, name)[at]), name
 
 
 def test_a_judged_yes_no_item_shows_the_candidate_yes(tiny, tmp_path):
-    import json as js
+    lines = [{"question": f"is thing {i} red", "options": ["yes", "no"], "answer": i % 3 % 2, "id": f"q{i}",
+              "split": "train" if i < 60 else "test"} for i in range(90)]
+    file, told = tmp_path / "yesno.jsonl", []
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, _, _, p = prepared(["--task", str(file), *tiny[2:]], tmp_path, "--own", "judge", told=told)
+    shot = next(line for line in told if line.startswith("3 prompt"))
+    assert "red\\nAnswer: yes\\nRespond with 1" in shot and "[' 0', ' 1']" in shot
+    for some in (p.labelled, p.transfer, p.test):
+        assert some.belief.shape[1] == 2 and torch.equal(some.own, (some.belief.argmax(1) == 1).float())
+        assert torch.equal(some.zero_shot, some.belief[:, 1].float())
+
+
+def test_a_yes_no_item_is_the_question_and_its_states_are_the_prompts(tiny, tmp_path):
     lines = [{"question": f"is thing {i} red", "options": ["yes", "no"], "answer": i % 3 % 2, "id": f"q{i}",
               "split": "train" if i < 60 else "test"} for i in range(90)]
     file = tmp_path / "yesno.jsonl"
-    file.write_text("".join(js.dumps(line) + "\n" for line in lines))
-    told, flags = [], ["--own", "judge", "--out", str(tmp_path)]
-    config = selw2s.parse(["--task", str(file), *tiny[2:], *flags])
-    from data.cache import Stages
-    sides = [selw2s.open_side(tiny[i], config) for i in (3, 5)]
-    stages = Stages(tmp_path / "cache", told.append)
-    p = selw2s.prepare(config, selw2s.load_task(str(file)), *sides, 0, stages, told.append)
-    shot = next(line for line in told if line.startswith("3 prompt"))
-    assert "red\\nAnswer: yes\\nRespond with 1" in shot and "' 0' or ' 1'" in shot
-    assert p.belief.shape[1] == 2 and torch.equal(p.own, (p.belief.argmax(1) == 1).float())
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, _, _, p = prepared(["--task", str(file), *tiny[2:]], tmp_path)
+    for some in (p.labelled, p.transfer, p.test):
+        assert torch.equal(some.prompt_state, some.item_state)
+        assert torch.equal(some.zero_shot, some.belief[:, 1].float())       # options are no, yes
+        assert torch.equal(selw2s.hidden_truth(some), torch.tensor([float(q.answer) for q in some.questions]))
 
 
-def test_too_little_of_d_l_beside_the_shots_is_said_before_anything_is_read(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(selw2s, "elicit", lambda *a, **k: pytest.fail("too late"))
+@pytest.mark.parametrize("flags", [("--shots", "2"), ("--folds", "20")])
+def test_too_little_of_d_l_is_said_before_anything_is_trained(tiny, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(selw2s, "supervise", lambda *a, **k: pytest.fail("too late"))
     task = selw2s.load_task(tiny[1])
-    one = [q._replace(group=f"g{i % 4}") for i, q in enumerate(task.train)]
-    monkeypatch.setattr(selw2s, "load_task", lambda *a, **k: task._replace(train=one))
-    with pytest.raises(selw2s.DataError, match="--shots 2 examples is too small"):
-        go(tiny, tmp_path, "--shots", "2", "--methods", "weak", "--seeds", "0", "1", "2")
+    few = [q._replace(group=f"g{i % 12}") for i, q in enumerate(task.train)]
+    monkeypatch.setattr(selw2s, "load_task", lambda *a, **k: task._replace(train=few))
+    with pytest.raises(selw2s.DataError, match="too small for --folds"):
+        go(tiny, tmp_path, *flags, "--methods", "weak", "--seeds", "0", "1", "2")
 
 
-def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
-    g = torch.Generator().manual_seed(0)
-    features, truth = torch.randn(12, 2, 4, generator=g), torch.arange(12) % 2.0
-    config, half, rows = selw2s.Config(alpha=0.5, k=50), torch.arange(12) % 2, torch.arange(12) >= 0
-    assert selw2s.choose_smoothing(features, truth, truth, rows, half, config).k == 50
-    half[:] = 0
-    half[0] = 1     # a half of one row has no neighbours: nothing to choose by
-    chosen = selw2s.choose_smoothing(features, truth, truth, rows, half, config)
-    assert (chosen.alpha, chosen.k, chosen.before) == (0.5, 50, None)
+def test_cross_fitted_supervisors_never_saw_the_fold_they_label(tiny, tmp_path, monkeypatch):
+    seen, real = {}, selw2s.finetuned
+
+    def spy(name, start, inputs, targets, ask, *rest):
+        seen[name] = [tuple(x) for x in inputs], [tuple(x) for x in ask[0]]
+        return real(name, start, inputs, targets, ask, *rest)
+    monkeypatch.setattr(selw2s, "finetuned", spy)
+    config, models, _, p = prepared(tiny, tmp_path, "--folds", "4")
+    ids = [tuple(x) for x in models[0].tokenizer.encode([item.text for item in p.labelled.items])]
+    groups = [q.group for q in p.labelled.questions]
+    for f in range(4):
+        learn, ask = seen[f"cross-{f}"]
+        at = [i for i in range(len(ids)) if p.labelled.fold[i] == f]
+        assert ask == [ids[i] for i in at] and learn == [ids[i] for i in range(len(ids)) if i not in at]
+        assert not {groups[i] for i in at} & {groups[i] for i in range(len(ids)) if i not in at}
+    assert sorted(p.labelled.fold.bincount().tolist())[0] >= len(ids) // 4 - 2
+
+
+def test_zero_shot_is_the_untouched_models_belief_in_the_candidate_shown(full, tiny):
+    result, out = full
+    data, task = arrays(result, out), selw2s.load_task(tiny[1])
+    _, _, _, p = prepared(tiny, out)
+    for some, name in ((p.transfer, "transfer"), (p.test, "test")):
+        options = torch.tensor([int(item.id.rsplit("/", 1)[1]) for item in some.items])
+        np.testing.assert_array_equal(data[f"seed0/{name}/p/zero-shot"],
+                                      some.belief.gather(1, options[:, None])[:, 0].float().numpy())
+    row = result["metrics"]["methods"]["naive"]["minus_zero-shot"]["mean"]
+    methods = result["metrics"]["methods"]
+    assert row == pytest.approx(methods["naive"]["accuracy"] - methods["zero-shot"]["accuracy"])
+
+
+def test_merged_runs_of_single_seeds_give_the_table_of_one_run(full, tiny, tmp_path, capsys):
+    result, out = full
+    for seed in ("0", "1"):
+        go(tiny, tmp_path / seed, "--methods", "all", "--seeds", seed)
+    files = [str(next((tmp_path / seed).glob("*/*/result.json"))) for seed in ("1", "0")]
+    assert selw2s.main(["--merge", *files, "--out", str(tmp_path / "both")]) == 0
+    both = json.loads(next((tmp_path / "both").glob("*/*/result.json")).read_text())
+    assert both["metrics"] == json.loads(json.dumps(result["metrics"]))
+    assert [seed["seed"] for seed in both["seeds"]] == [0, 1] == both["config"]["seeds"]
+    a, b = arrays(result, out), arrays(both, tmp_path / "both")
+    assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+    capsys.readouterr()
+    go(tiny, tmp_path / "other", "--methods", "all", "--seeds", "2", "--epochs", "1")
+    other = str(next((tmp_path / "other").glob("*/*/result.json")))
+    for bad, word in ((other, "--epochs"), (files[0], "seed 1 too"), (str(tmp_path / "none.json"), "not a result")):
+        assert selw2s.main(["--merge", *files[:1], bad, "--out", str(tmp_path / "x")]) == 2
+        error = capsys.readouterr().err
+        assert word in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
@@ -318,13 +373,13 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
 
 
 def test_sweep_smooths_on_the_middle_layer_alone_where_it_says_so(tiny, tmp_path, monkeypatch):
-    from data import analyses
-    seen, real = {}, analyses.student
+    from data.results import analyses
+    seen, real = {}, analyses.student_metrics
 
-    def spy(method, config, prep, *args):
-        seen.setdefault((args[-1], config.alpha), []).append(prep.item)
-        return real(method, config, prep, *args)
-    monkeypatch.setattr(analyses, "student", spy)
+    def spy(config, prep, *args):
+        seen.setdefault((args[-1], config.alpha), []).append(prep.transfer.item_state)
+        return real(config, prep, *args)
+    monkeypatch.setattr(analyses, "student_metrics", spy)
     go(tiny, tmp_path, "--methods", "naive", "--analysis", "sweep")
     every, middle = seen["graph-only", 0.9]
     assert every.shape[1] > 1 and torch.equal(middle, every[:, :1])
@@ -335,27 +390,27 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
     """--own pmi takes an option's likelihood after "A:" alone, a yes or no's after "Question:", from its
     score [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
     from data import Item, Question
-    from data.cache import Stages
     from model import hidden_at
     config = selw2s.parse([*tiny, "--own", "pmi", "--out", str(tmp_path)])
-    strong = selw2s.open_side(tiny[5], config)
+    strong = selw2s.pretrained(tiny[5], False, config)
     questions = [Question("a", "a", "", "Who is there?", ("one", "two"), 1),
                  Question("b", "b", "", "is it red", ("no", "yes"), 0)]
-    rows = [Item("a/0", "a", "", 0, 0), Item("b", "b", "", -1, 0)]
-    got = selw2s.elicit(config, strong, rows, questions, [], Stages(tmp_path, print), print)
+    some = [Item("a/0", "a", "", 0, 0), Item("b/1", "b", "", 1, 0)]
+    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
+    got = selw2s.elicit(config, "test", strong, some, questions, nothing, Stages(tmp_path, print))
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])
-        logp = strong.model.logits(strong.model.packed(torch.tensor(whole), [len(whole)])[0]).log_softmax(-1)
+        logp = strong.network.logits(strong.network.packed(torch.tensor(whole), [len(whole)])[0]).log_softmax(-1)
         return sum(float(logp[t - 1, whole[t]]) for t in range(len(head), len(whole)))
     for n, (q, last) in enumerate(zip(questions, ("A:", "Question:"))):
         pmi = [score(selw2s.prompt(q), selw2s.completion(q, i)) - score(last, selw2s.completion(q, i))
                for i in range(2)]
         torch.testing.assert_close(got.belief[n], torch.tensor(pmi, dtype=torch.float64).softmax(0),
                                    rtol=1e-4, atol=1e-5)
-    depth, ids = strong.model.config.layers, strong.tokenizer.encode([selw2s.prompt(q) for q in questions])
+    depth, ids = strong.network.config.layers, strong.tokenizer.encode([selw2s.prompt(q) for q in questions])
     for r, layer in enumerate(dict.fromkeys((depth // 2, 3 * depth // 4, None))):
-        torch.testing.assert_close(got.prompt[:, r], hidden_at(strong.model, ids, layer=layer))
+        torch.testing.assert_close(got.prompt_state[:, r], hidden_at(strong.network, ids, layer=layer))
 
 
 @pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 28)])
@@ -377,7 +432,7 @@ def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
 def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny):
     from data import Question, Task, fit
     config = selw2s.parse(list(tiny))
-    encoders = [selw2s.open_side(tiny[i], config).tokenizer.encode for i in (3, 5)]
+    encoders = [selw2s.pretrained(tiny[i], False, config).tokenizer.encode for i in (3, 5)]
     words = " ".join(f"w{i}" for i in range(400))
     long = Question("a", "a", words, "Which word is last?", ("w1", "w399", "w7", "none of them at all"), 1)
     short = long._replace(id="b", group="b", context="w0 w1")
@@ -396,7 +451,7 @@ def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny):
 def test_a_context_without_spaces_is_cut_by_characters(tiny, between):
     from data import Question, Task, fit
     config = selw2s.parse(list(tiny))
-    encoders = [selw2s.open_side(tiny[i], config).tokenizer.encode for i in (3, 5)]
+    encoders = [selw2s.pretrained(tiny[i], False, config).tokenizer.encode for i in (3, 5)]
     context = between.join(f"w{i}" for i in range(400))
     long = Question("a", "a", context, "Which word is last?", ("w1", "w399", "w7", "w8"), 1)
     kept, = fit(Task("t", [], [long], "", ""), encoders, 128)[0].test
@@ -452,9 +507,9 @@ def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path,
     """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""
     real = selw2s.elicit
 
-    def certain(config, strong, rows, questions, *rest):
-        said = real(config, strong, rows, questions, *rest)
-        gold = selw2s.answers(config, rows, questions)
+    def certain(config, name, strong, part, questions, *rest):
+        said = real(config, name, strong, part, questions, *rest)
+        gold = selw2s.right_option(config, part, questions)
         return said._replace(belief=torch.nn.functional.one_hot(gold, said.belief.shape[1]).float())
     monkeypatch.setattr(selw2s, "elicit", certain)
     result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "difficulty", "--difficulty", "strong")

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import make_demo
 import model
 from conftest import ROOT
 from data import NONE_OF_THE_ABOVE, YES_NO, completion, items, official, prompt, world
@@ -22,7 +23,7 @@ TASKS = sorted(world.MAKERS)
 
 @pytest.fixture(scope="module")
 def text():
-    return world.world_text(0)
+    return make_demo.world_text(0)
 
 
 def test_text_is_the_pinned_one(text):
@@ -39,7 +40,7 @@ def test_every_process_makes_the_same_world():
 
 
 def test_editions_tell_the_same_facts_in_other_words(text):
-    other = world.world_text(1)
+    other = make_demo.world_text(1)
     assert text != other and abs(len(text) - len(other)) < 0.05 * len(text)
 
 
@@ -120,7 +121,7 @@ def test_checkpoints_are_small_and_share_the_tokenizer(text):
     assert (DEMO / "weak/tokenizer.json").read_bytes() == (DEMO / "strong/tokenizer.json").read_bytes()
     tokenizer = pair[0][1]
     assert tokenizer.decode(tokenizer.encode(text[:50])[7]) == text[7]
-    assert json.loads(world.train_tokenizer(text, 2048).to_str()) == json.loads(
+    assert json.loads(make_demo.train_tokenizer(text, 2048).to_str()) == json.loads(
         (DEMO / "weak/tokenizer.json").read_text())
 
 
@@ -154,7 +155,7 @@ def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, caps
         name: dict(width=32, layers=1, epochs=4) for name in ("weak", "strong")}})
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for folder in "ab":
-        world.main(["--build", "--out", str(tmp_path / folder)])
+        make_demo.main(["--out", str(tmp_path / folder)])
     losses = [float(x) for x in re.findall(r"weak: step \S+  loss (\S+)", capsys.readouterr().err)]
     assert losses[-1] < losses[0] - 0.3
     assert ((tmp_path / "a/weak/model.safetensors").read_bytes()
@@ -165,7 +166,7 @@ def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, caps
 
 def test_sciq_text_holds_no_train_or_test_question(shared):
     folder = str(shared / "data")
-    lines = world.sciq_text(folder)
+    lines = make_demo.sciq_text(folder)
     asked = {official.key("", q.question).strip() for split in ("train", "test")
              for q, _ in official.sciq(split, folder)}
     assert len(lines) > 12_000 and sum(line.startswith("Q: ") for line in lines) > 900

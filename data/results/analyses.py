@@ -13,14 +13,13 @@ from data import DEMO, OFFICIAL, load_task
 from data.results.report import accuracy, auroc, ece, mean_of
 
 
-def student_metrics(config, prep, p_learn, p_transfer, strong, seed: int, stages,
-                    method: str = "selective") -> dict:
-    """Metrics of one student on prep's data with the given P(IK) of D_l and D_u, and of what went into it."""
+def student_metrics(config, prep, known, strong, seed: int, stages, method: str = "selective") -> dict:
+    """Metrics of one student on prep's data with the given P(IK), and of what went into it."""
     import selw2s
-    s = selw2s.select(config, prep, p_learn, p_transfer)
-    out = selw2s.student(method, replace(config, keep=""), prep, s, p_transfer, strong, seed, stages)
+    s, p = selw2s.select(config, prep, known.learn, known.transfer), known.transfer
+    out = selw2s.student(method, replace(config, keep=""), prep, s, known, strong, seed, stages)
     right, truth = selw2s.own_right(config, prep.transfer), selw2s.hidden_truth(prep.transfer)
-    return {"seed": seed, "auroc": auroc(p_transfer, right), "ece": ece(p_transfer, right), "tau": s.tau,
+    return {"seed": seed, "auroc": auroc(p, right), "ece": ece(p, right), "tau": float(s.tau.double().mean()),
             "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(out.labels, truth),
             "homophily": selw2s.homophily(prep.transfer, s.chosen_alone),
             "accuracy": accuracy(out.test, selw2s.hidden_truth(prep.test))}
@@ -35,12 +34,13 @@ def cross_task(config, tasks: dict, weak, strong, stages) -> dict:
         for name, task in tasks.items():
             mine = config if name == config.task else replace(config, keep="")
             prepared[name] = selw2s.prepare(mine, task, weak, strong, seed, stages)
-            known[name] = selw2s.know(config, prepared[name])
+            known[name] = selw2s.know(config, prepared[name], config.route)
         for a, b in product(tasks, tasks):
-            p = [known[b].learn, known[b].transfer]
+            used = known[b]
             if a != b:      # D_l of b took no part in this probe: nothing is held out
-                p = [known[a].predict(part) for part in (prepared[b].learn, prepared[b].transfer)]
-            metrics = student_metrics(config, prepared[b], *p, strong, seed, stages)
+                used = known[a]._replace(learn=known[a].predict(prepared[b].learn),
+                                         transfer=known[a].predict(prepared[b].transfer), test=None)
+            metrics = student_metrics(config, prepared[b], used, strong, seed, stages)
             out.setdefault(f"{a} -> {b}", []).append(metrics)
     return out
 
@@ -56,25 +56,24 @@ def difficulty(config, tasks: dict, weak, strong, stages) -> dict:
         easy = [easier_half(config, part) for part in (prep.learn, prep.transfer)]
         right = selw2s.own_right(config, prep.transfer)
         for name, rows in (("all", None), ("easy", easy[0]), ("hard", ~easy[0])):
-            p_learn, p_transfer = known_from(config, prep, rows)
-            metrics = student_metrics(config, prep, p_learn, p_transfer, strong, seed, stages)
+            known = known_from(config, prep, rows)
+            metrics = student_metrics(config, prep, known, strong, seed, stages)
             for half, at in (("easy", easy[1]), ("hard", ~easy[1])):
-                metrics[f"auroc_on_{half}"] = auroc(p_transfer[at], right[at])
-                metrics[f"ece_on_{half}"] = ece(p_transfer[at], right[at])
+                metrics[f"auroc_on_{half}"] = auroc(known.transfer[at], right[at])
+                metrics[f"ece_on_{half}"] = ece(known.transfer[at], right[at])
             out.setdefault(f"trained on {name}", []).append(metrics)
     return out
 
 
 def known_from(config, prep, rows):
-    """P(IK) of D_l and D_u from a probe trained on some rows (n_l,) bool of D_l, None: on all of it."""
+    """P(IK) from a probe trained on some rows (n_l,) bool of D_l, None: on all of it."""
     import selw2s
     if rows is None:
-        known = selw2s.know(config, prep)
-        return known.learn, known.transfer
-    known = selw2s.know(config, prep._replace(learn=selw2s.take(prep.learn, rows)))
+        return selw2s.know(config, prep, config.route)
+    known = selw2s.know(config, prep._replace(learn=selw2s.take(prep.learn, rows)), config.route)
     p_learn = known.predict(prep.learn)
     p_learn[rows] = known.learn         # there out of fold
-    return p_learn, known.transfer
+    return known._replace(learn=p_learn)
 
 
 def easier_half(config, part):
@@ -97,7 +96,7 @@ def sweep(config, tasks: dict, weak, strong, stages) -> dict:
     out, alphas = {}, (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
     for seed in config.seeds:
         prep = selw2s.prepare(config, tasks[config.task], weak, strong, seed, stages)
-        known = selw2s.know(config, prep)
+        known = selw2s.know(config, prep, config.route)
         middle = prep._replace(**{name: part._replace(item_state=part.item_state[:, :1])
                                   for name, part in (("learn", prep.learn), ("transfer", prep.transfer))})
         for name, flag, values, where in (
@@ -107,8 +106,7 @@ def sweep(config, tasks: dict, weak, strong, stages) -> dict:
             fixed = {"k": {"alpha": 0.7}, "alpha": {"k": 10}}.get(flag, {})
             for value in values:
                 varied = replace(config, **fixed, **{flag: value})
-                metrics = student_metrics(varied, where, known.learn, known.transfer, strong, seed, stages,
-                                          name.split(",")[0])
+                metrics = student_metrics(varied, where, known, strong, seed, stages, name.split(",")[0])
                 title = value if value == "auto" else f"{value:g}"
                 out.setdefault(f"{flag} {title} ({name})", []).append(metrics)
     return out

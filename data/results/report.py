@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import DataError
 from data.cache import digest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -116,14 +118,27 @@ def diagnose(run: dict, methods) -> dict:
         for part, at in where.items():
             labels[key][part] = accuracy(u[key][at], u["truth"][at]) if at.any() else None
     return {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": labels,
-            "p_ik": {part: diagnose_p_ik(arrays) for part, arrays in (("transfer", u), ("test", t))},
+            "p_ik": {part: diagnose_p_ik(arrays["p_ik"], arrays) for part, arrays in (("transfer", u), ("test", t))},
+            "routers": diagnose_routers(u, t),
             "methods": {name: diagnose_student(name, t) for name in methods},
             "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
 
 
-def diagnose_p_ik(part: dict[str, Tensor]) -> dict:
-    """How well P(IK), and the own answer's probability in its place, tell right own answers from wrong ones."""
-    p, own_p, right = part["p_ik"], part["own_p"], part["own_right"]
+def diagnose_routers(transfer: dict[str, Tensor], test: dict[str, Tensor]) -> dict:
+    """AUROC, Brier, ECE of P(IK) by every router, and the share of D_u where it is at least tau."""
+    out = {}
+    for key in [key for key in transfer if key.startswith("p_ik/")]:
+        out[key.removeprefix("p_ik/")] = {
+            "coverage": float((transfer[key] >= transfer["tau"]).double().mean()),
+            **{part: {name: measure(arrays[key], arrays["own_right"])
+                      for name, measure in (("auroc", auroc), ("brier", brier), ("ece", ece))}
+               for part, arrays in (("transfer", transfer), ("test", test))}}
+    return out
+
+
+def diagnose_p_ik(p: Tensor, part: dict[str, Tensor]) -> dict:
+    """How well P(IK) (n,), and the own answer's probability in its place, tell right own answers from wrong."""
+    own_p, right = part["own_p"], part["own_right"]
     order = p.argsort(descending=True, stable=True)
     risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
     marks = [max(1, len(p) * i // 20) for i in range(1, 21)]
@@ -185,8 +200,23 @@ def mean_label_accuracy(runs: list[dict], method: str) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def supervisor_views(runs: list[dict]) -> dict:
+    """The weak supervisor as D_l's cross-fitted labels show it and as it is on D_u: mean accuracies over seeds,
+    and the difference in standard errors of its mean over items and seeds."""
+    seen, real = [r["cross_fitted"] for r in runs], []
+    variance = 0.0
+    for r in runs:
+        real.append(accuracy(*(torch.as_tensor(r["transfer"][key]) for key in ("weak", "truth"))))
+        variance += seen[len(real) - 1] * (1 - seen[len(real) - 1]) / r["n"]["labelled"]
+        variance += real[-1] * (1 - real[-1]) / r["n"]["transfer"]
+    seen, real = float(np.mean(seen)), float(np.mean(real))
+    se = variance ** 0.5 / len(runs)
+    return {"cross_fitted": seen, "actual": real, "standard_errors": (seen - real) / se if se else 0.0}
+
+
 def summarise(runs: list[dict], methods) -> dict:
-    """Accuracy, PGR, difference to naive per method; 95 % intervals: paired bootstrap, items and seeds."""
+    """Accuracy, PGR, differences to naive and to the untouched strong model per method; 95 % intervals: paired
+    bootstrap, items and seeds."""
     right, group = right_by_method(runs, methods)
     draws = dict(zip(methods, bootstrap(right, group).T))       # (draws,) per method
     mean, per_seed = dict(zip(methods, right.mean((1, 2)))), dict(zip(methods, right.mean(2)))
@@ -203,13 +233,15 @@ def summarise(runs: list[dict], methods) -> dict:
         if defined and m not in ("weak", "ceiling"):
             row["pgr"] = pgr(mean["weak"], mean[m], mean["ceiling"])
             row["pgr_ci95"] = pgr_interval(draws[m] - draws["weak"], gap)
-        if "naive" in mean and m != "naive":
-            difference = per_seed[m] - per_seed["naive"]
-            row["minus_naive"] = {"mean": float(difference.mean()), "ci95": interval(draws[m] - draws["naive"]),
-                                  "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
+        for other in ("naive", "zero-shot"):
+            if other in mean and m != other:
+                difference = per_seed[m] - per_seed[other]
+                row[f"minus_{other}"] = {
+                    "mean": float(difference.mean()), "ci95": interval(draws[m] - draws[other]),
+                    "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
         out[m] = row
     prior = float(np.mean([r["test"]["truth"].mean() for r in runs]))
-    return {"methods": out, "class_prior": prior, "majority": max(prior, 1 - prior),
+    return {"methods": out, "supervisor": supervisor_views(runs), "class_prior": prior, "majority": max(prior, 1 - prior),
             "test_items": right.shape[2], "test_groups": len(set(group.tolist())), "seeds": len(runs),
             "pgr_defined": None if gap is None else defined,
             "gap": None if gap is None else {"mean": float(size), "se": float(gap.std())}}
@@ -227,27 +259,38 @@ def span(ci: list[float] | None) -> str:
 
 def table(metrics: dict) -> str:
     """The final table, one row per method."""
-    lines = [f"{'method':16}{'accuracy':>9}  {'95 % interval':16} {'PGR':>6}  {'95 % interval':17}"
-             f"{'- naive':>8}  {'95 % interval':17}{'labels right':>13}{'truth used':>11}"]
+    lines = [f"{'method':16}{'accuracy':>9}  {'95 % interval':16} {'PGR':>6}  {'95 % interval':17}{'- naive':>8}  "
+             f"{'95 % interval':17}{'- zero-shot':>12}{'labels right':>13}{'truth used':>11}"]
+    none = {"mean": None, "ci95": None}
     for name, r in metrics["methods"].items():
-        difference = r.get("minus_naive", {"mean": None, "ci95": None})
+        naive, untouched = r.get("minus_naive", none), r.get("minus_zero-shot", none)
         title = name if r["attainable"] else name + " *"
         lines.append(f"{title:16}{r['accuracy']:9.3f}  {span(r['ci95']):16} {shown(r['pgr'], '.2f'):>6}  "
-                     f"{span(r['pgr_ci95']):17}{shown(difference['mean'], '+.3f'):>8}  "
-                     f"{span(difference['ci95']):17}{shown(r['label_accuracy'], '.3f'):>13}"
+                     f"{span(r['pgr_ci95']):17}{shown(naive['mean'], '+.3f'):>8}  {span(naive['ci95']):17}"
+                     f"{shown(untouched['mean'], '+.3f'):>12}{shown(r['label_accuracy'], '.3f'):>13}"
                      f"{r['ground_truth_labels']:>11,}")
-    last = (f"test: {metrics['test_items']:,} items, majority class {metrics['majority']:.3f}; "
-            f"intervals: paired bootstrap over {metrics['test_groups']:,} groups of items")
+    return "\n".join([*lines, *remarks(metrics)])
+
+
+def remarks(metrics: dict) -> list[str]:
+    """What has to be known to read the table."""
+    n, groups = metrics["test_items"], metrics["test_groups"]
+    lines = [f"test: {n:,} items, majority class {metrics['majority']:.3f}; intervals: paired bootstrap over "
+             f"{groups:,} groups of items"]
     if metrics["seeds"] > 1:
-        last += " and over seeds"
+        lines[0] += " and over seeds"
     if "oracle" in metrics["methods"]:
-        last += "; * knows the hidden truth: not attainable"
-    lines.append(last)
+        lines[0] += "; * knows the hidden truth: not attainable"
+    view = metrics["supervisor"]
+    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, cross-fitted; {view['actual']:.3f} on D_u")
+    if abs(view["standard_errors"]) > 3:
+        lines.append(f"WARNING: these differ by {abs(view['standard_errors']):.1f} standard errors: what was chosen on "
+                     "D_l was chosen for another supervisor; use more --folds")
     if metrics["pgr_defined"] is False:
         gap = metrics["gap"]
         lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, "
                      f"under 2 standard errors ({gap['se']:.3f})")
-    return "\n".join(lines)
+    return lines
 
 
 def mean_of(rows: list[dict], key: str) -> float:
@@ -255,39 +298,96 @@ def mean_of(rows: list[dict], key: str) -> float:
     return float(np.mean([row[key] for row in rows if row[key] is not None] or [np.nan]))
 
 
-def write(config, task, counts: dict, models: dict, stages, runs: list[dict], analysis,
-          seconds: float) -> tuple[Path, dict]:
-    """<out>/<task>/<run id>/items.npz, then result.json, each under a temporary name first: a result.json is
-    always a whole one. models: weak and strong; runs: one per seed. Returns folder and result."""
+def sources() -> dict[str, str]:
+    """SHA-256 of every source file of the program."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/results/*.py")])
-    sources = {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    settings = asdict(config)
-    identity = {k: v for k, v in settings.items() if k not in ("out", "data_dir")}
-    run_id = digest(identity, task.sha256, *(model.sha256 for model in models.values()), sources)[:12]
-    folder = Path(config.out) / task.name / run_id
+    return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def result_of(config, task, counts: dict, models: dict, stages, runs: list[dict], analysis, seconds: float) -> dict:
+    """What result.json holds. models: weak and strong; runs: one per seed (selw2s.record)."""
     gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
-    result = {
-        "schema": 1, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": settings,
-        "code": sources,
+    return {
+        "schema": 2, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": asdict(config),
+        "code": sources(),
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},
         "models": {name: {"sha256": model.sha256, "revision": model.network.revision, "lr": model.lr}
                    for name, model in models.items()},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                 "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
-        "stages": stages.log, "seconds": round(seconds, 2), "metrics": summarise(runs, config.methods),
-        "seeds": [{k: v for k, v in r.items() if k not in ("transfer", "test")}
-                  | {"diagnostics": diagnose(r, config.methods)} for r in runs],
+        "stages": stages.log, "seconds": round(seconds, 2), **measured(runs, config.methods),
         "analysis": analysis, "finished": True}
+
+
+def measured(runs: list[dict], methods) -> dict:
+    """The parts of a result that follow from the seeds' arrays."""
+    seeds = []
+    for r in runs:
+        choices = {name: value for name, value in r.items() if name not in ("transfer", "test")}
+        seeds.append(choices | {"diagnostics": diagnose(r, methods)})
+    return {"metrics": summarise(runs, methods), "seeds": seeds}
+
+
+def write(result: dict, runs: list[dict], out: str) -> Path:
+    """<out>/<task>/<run id>/items.npz, then result.json, each under a temporary name first: a result.json is
+    always a whole one. Returns the folder."""
+    identity = {k: v for k, v in result["config"].items() if k not in ("out", "data_dir")}
+    models = [model["sha256"] for model in result["models"].values()]
+    run_id = digest(identity, result["data"]["sha256"], models, result["code"])[:12]
+    folder = Path(out) / result["data"]["name"] / run_id
     arrays = {f"seed{r['seed']}/{part}/{name}": array
               for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
     items = io.BytesIO()
     np.savez_compressed(items, **arrays)
-    text = json.dumps(result, indent=1, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "items.npz", items.getvalue())
-    replace_file(folder / "result.json", text.encode())
-    return folder, result
+    replace_file(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    return folder
+
+
+def read_run(path: str) -> tuple[dict, list[dict]]:
+    """A result.json and its seeds' arrays from the items.npz beside it; DataError."""
+    try:
+        result = json.loads(Path(path).read_text("utf-8"))
+        runs = [dict(seed, transfer={}, test={}) for seed in result["seeds"]]
+        with np.load(Path(path).with_name("items.npz"), allow_pickle=False) as arrays:
+            for run in runs:
+                for key in arrays.files:
+                    seed, part, name = key.split("/", 2)
+                    if seed == f"seed{run['seed']}":
+                        run[part][name] = arrays[key]
+        for run in runs:
+            del run["diagnostics"]
+        return result, runs
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a result.json of this program with its items.npz beside it ({error})") from None
+
+
+FREE = ("out", "data_dir", "rerun", "merge", "seeds", "keep")        # what merged runs may differ in
+
+
+def merged(paths) -> tuple[dict, list[dict]]:
+    """One result of several runs that differ in their seeds alone, and the seeds' arrays; DataError naming what
+    else differs."""
+    first, runs = read_run(paths[0])
+    stages, commands, seconds = list(first["stages"]), [first["command"]], first["seconds"]
+    for path in paths[1:]:
+        other, more = read_run(path)
+        a, b = ({"code": r["code"], "data": r["data"], "models": r["models"], "analysis": r["analysis"]}
+                | {f"--{k}": v for k, v in r["config"].items() if k not in FREE} for r in (first, other))
+        if differ := [name for name in a | b if a.get(name) != b.get(name)]:
+            raise DataError(f"{path}: differs from {paths[0]} in {', '.join(differ)}; only seeds may")
+        if both := {run["seed"] for run in runs} & {run["seed"] for run in more}:
+            raise DataError(f"{path}: has seed {min(both)} too; give each seed once")
+        runs += more
+        stages += other["stages"]
+        commands.append(other["command"])
+        seconds += other["seconds"]
+    runs.sort(key=lambda run: run["seed"])
+    config = first["config"] | {"seeds": [run["seed"] for run in runs]}
+    return first | {"command": "; ".join(commands), "config": config, "stages": stages, "seconds": round(seconds, 2),
+                    **measured(runs, config["methods"])}, runs
 
 
 def replace_file(path: Path, content: bytes) -> None:
