@@ -232,7 +232,9 @@ from torch import Tensor
 from data import DEMO, YES_NO, DataError, Item, Question, completion, deal, fit, halves, items, load_task, prompt
 from data.cache import Stages, counter, digest
 from data.results.figures import figures
-from data.results.report import accuracy, auroc, cross_entropy, merged, result_of, shown, table, write
+from data.results.metrics import accuracy, auroc, cross_entropy
+from data.results.report import shown, table
+from data.results.store import merged, result_of, write
 from data.tokens import LoadError, encode_options
 from graph import affinity, knn, normalise, propagate
 from model import Choice, TrainError, finetune, load, out_of_memory, read

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import selw2s
 from data import load_task
 from data.cache import Stages
-from data.results.report import accuracy
+from data.results.metrics import accuracy
 
 
 def d_l_views(prep, by_fold: bool) -> list:

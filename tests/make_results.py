@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import official
-from data.results.report import mean_of, span
+from data.results.metrics import mean_of
+from data.results.report import span
 
 RESULTS = ROOT / "data/results"
 TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")

@@ -14,7 +14,7 @@ import pytest
 import make_results
 import selw2s
 from conftest import ROOT
-from data.results import analyses, report
+from data.results import analyses, metrics, report
 
 README = (ROOT / "README.md").read_text("utf-8")
 SOURCES = [ROOT / "selw2s.py", ROOT / "model.py", ROOT / "graph.py", *sorted((ROOT / "data").rglob("*.py"))]
@@ -37,8 +37,8 @@ def test_every_function_of_the_map_exists():
     import graph
     import model
     modules = {"data": data, "selw2s": selw2s, "model": model, "graph": graph, "report": report,
-               "analyses": analyses}
-    named = re.findall(r"`(data|selw2s|model|graph|report|analyses)\.(?!py)(\w+)`", README)
+               "metrics": metrics, "analyses": analyses}
+    named = re.findall(r"`(data|selw2s|model|graph|report|metrics|analyses)\.(?!py)(\w+)`", README)
     assert len(named) > 15
     for module, name in named:
         assert hasattr(modules[module], name), (module, name)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import selw2s as s
+from data.results import metrics as m
 from data.results import report as r
 from data.cache import digest
 
@@ -17,10 +18,10 @@ def close(a, b, tol=1e-12):
 # ---------------------------------------------------------------------------------------------------- metrics
 def test_accuracy_pgr_brier():
     p, y = torch.tensor([0.9, 0.2, 0.6, 0.5]), torch.tensor([1.0, 0.0, 0.0, 1.0])
-    close(s.accuracy(p, y), 0.5)                        # 0.5 is not above 1/2: counts as "no"
-    close(s.brier(torch.tensor([0.5, 1.0]).double(), torch.tensor([1.0, 1.0])), 0.125)
-    close(s.pgr(0.6, 0.7, 0.8), 0.5, 1e-9)
-    assert s.pgr(0.8, 0.9, 0.8) is None and s.pgr(0.8, 0.9, 0.7) is None
+    close(m.accuracy(p, y), 0.5)                        # 0.5 is not above 1/2: counts as "no"
+    close(m.brier(torch.tensor([0.5, 1.0]).double(), torch.tensor([1.0, 1.0])), 0.125)
+    close(m.pgr(0.6, 0.7, 0.8), 0.5, 1e-9)
+    assert m.pgr(0.8, 0.9, 0.8) is None and m.pgr(0.8, 0.9, 0.7) is None
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -28,32 +29,32 @@ def test_auroc_is_the_share_of_pairs_in_order():
     p = torch.tensor(rng.integers(0, 7, 101) / 7.0)     # many ties
     y = torch.tensor(rng.integers(0, 2, 101).astype(float))
     pairs = [(a > b) + 0.5 * (a == b) for a in p[y == 1].tolist() for b in p[y == 0].tolist()]
-    close(s.auroc(p, y), float(np.mean(pairs)), 1e-12)
-    assert s.auroc(p, torch.ones(101)) is None
+    close(m.auroc(p, y), float(np.mean(pairs)), 1e-12)
+    assert m.auroc(p, torch.ones(101)) is None
 
 
 def test_ece_bins_hold_equal_counts():
     p = torch.tensor([0.1, 0.1, 0.2, 0.9, 0.9, 0.8], dtype=torch.float64)
     y = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0]).double()
     # two bins of three: mean p 0.4/3 against 1/3, 2.6/3 against 2/3
-    close(s.ece(p, y, bins=2), 0.5 * abs(0.4 / 3 - 1 / 3) + 0.5 * abs(2.6 / 3 - 2 / 3))
-    assert [n for *_, n in r.reliability(torch.rand(103), torch.ones(103))] == [11, 11, 11] + [10] * 7
+    close(m.ece(p, y, bins=2), 0.5 * abs(0.4 / 3 - 1 / 3) + 0.5 * abs(2.6 / 3 - 2 / 3))
+    assert [n for *_, n in m.reliability(torch.rand(103), torch.ones(103))] == [11, 11, 11] + [10] * 7
 
 
 def test_sign_flip_enumerates_and_cannot_go_below_its_floor():
-    close(r.sign_flip([1.0, 1.0, 1.0]), 0.25)           # all the same sign: the smallest there is, 2 / 2^3
-    close(r.sign_flip([3.0, -1.0, 1.0]), r.sign_flip([-3.0, 1.0, -1.0]))
+    close(m.sign_flip([1.0, 1.0, 1.0]), 0.25)           # all the same sign: the smallest there is, 2 / 2^3
+    close(m.sign_flip([3.0, -1.0, 1.0]), m.sign_flip([-3.0, 1.0, -1.0]))
     flips = [abs(a * 3 + b * 1 + c * 1) >= 3 for a in (1, -1) for b in (-1, 1) for c in (-1, 1)]
-    close(r.sign_flip([3.0, -1.0, 1.0]), float(np.mean(flips)))
-    assert r.sign_flip([1.0] * 6) == 2 / 2 ** 6
+    close(m.sign_flip([3.0, -1.0, 1.0]), float(np.mean(flips)))
+    assert m.sign_flip([1.0] * 6) == 2 / 2 ** 6
     ones = [math.comb(20, n) / 2 ** 20 for n in range(21)]      # n of 20 are +1: their sum is 2 n - 20
     exact = sum(p * np.mean([abs(2 * n - 20 + a) >= 8 for a in (8, 0, 0, -8)]) for n, p in enumerate(ones))
-    close(r.sign_flip([1.0, -1.0] * 10 + [4.0] * 2), exact, 0.01)       # 22 seeds: by chance
+    close(m.sign_flip([1.0, -1.0] * 10 + [4.0] * 2), exact, 0.01)       # 22 seeds: by chance
     for n in (17, 40, 70):      # nor by chance: one flip, the observed, is as far; beyond the 62nd seed too
-        close(r.sign_flip([1.0] * n + [0.0] * 2), 1 / (2 ** 16 + 1), 2e-4)
-        assert r.sign_flip([1.0] * n) > 0
-    close(r.sign_flip([0.0] * 62 + [1.0, -1.0]), 1.0)
-    close(r.sign_flip([0.0] * 64 + [1.0, 1.0]), 0.5, 0.01)
+        close(m.sign_flip([1.0] * n + [0.0] * 2), 1 / (2 ** 16 + 1), 2e-4)
+        assert m.sign_flip([1.0] * n) > 0
+    close(m.sign_flip([0.0] * 62 + [1.0, -1.0]), 1.0)
+    close(m.sign_flip([0.0] * 64 + [1.0, 1.0]), 0.5, 0.01)
 
 
 def test_bootstrap_is_paired_and_seeded():
@@ -61,11 +62,11 @@ def test_bootstrap_is_paired_and_seeded():
     a = rng.random((1, 3, 400)) < 0.7
     right = np.concatenate([a, a, ~a]).astype(float)
     each = np.arange(400)
-    draws = r.bootstrap(right, each, draws=500)
+    draws = m.bootstrap(right, each, draws=500)
     np.testing.assert_array_equal(draws[:, 0], draws[:, 1])     # same items: the difference has no variance
     np.testing.assert_allclose(draws[:, 0] + draws[:, 2], 1)    # and the complement is drawn with it
-    np.testing.assert_array_equal(draws, r.bootstrap(right, each, draws=500))
-    one = r.bootstrap(right[:, :1], each, draws=4000)[:, 0]             # one seed: binomial standard error
+    np.testing.assert_array_equal(draws, m.bootstrap(right, each, draws=500))
+    one = m.bootstrap(right[:, :1], each, draws=4000)[:, 0]             # one seed: binomial standard error
     p = right[0, 0].mean()
     assert abs(one.std() / math.sqrt(p * (1 - p) / 400) - 1) < 0.05
 
@@ -77,8 +78,8 @@ def test_bootstrap_draws_whole_groups():
     right, group = np.repeat(first, 4, 2), np.repeat(np.arange(100), 4).astype(str)
     p = first.mean()
     for grouping, n in ((group, 100), (np.arange(400), 400)):
-        assert abs(r.bootstrap(right, grouping, draws=4000).std() / math.sqrt(p * (1 - p) / n) - 1) < 0.05
-    uneven = r.bootstrap(np.array([[[1, 1, 1, 0.0]]]), np.array(list("aaab")), draws=4000)[:, 0]
+        assert abs(m.bootstrap(right, grouping, draws=4000).std() / math.sqrt(p * (1 - p) / n) - 1) < 0.05
+    uneven = m.bootstrap(np.array([[[1, 1, 1, 0.0]]]), np.array(list("aaab")), draws=4000)[:, 0]
     assert set(np.round(uneven, 6)) == {0.0, 0.75, 1.0}     # b b, a b, a a: shares of items
 
 
@@ -162,8 +163,8 @@ def test_probe_cross_validation_respects_folds():
     x = torch.nn.functional.one_hot(group).float()
     y = (torch.rand(60, generator=g) > 0.5).double()[group]
     by_group, by_row = s.fit_probe(x, y, fold=group % 5), s.fit_probe(x, y)
-    assert s.auroc(by_row.held_out, y) > 0.95
-    assert s.auroc(by_group.held_out, y) < 0.65
+    assert m.auroc(by_row.held_out, y) > 0.95
+    assert m.auroc(by_group.held_out, y) < 0.65
     assert by_group.l2 == 10.0 and by_row.l2 < 1
 
 
@@ -194,8 +195,8 @@ def clusters(n=300, d=17, seed=0, noise=0.25):
 
 def test_smoothing_repairs_random_errors_where_neighbours_share_the_truth():
     x, prior, truth = clusters()
-    assert s.accuracy(prior, truth) < 0.8
-    assert s.accuracy(s.smooth(x, prior, 0.9, 10, 3.0), truth) > 0.98
+    assert m.accuracy(prior, truth) < 0.8
+    assert m.accuracy(s.smooth(x, prior, 0.9, 10, 3.0), truth) > 0.98
     assert s.smooth(x, prior, 0.0, 10, 3.0) is prior
 
 
@@ -214,7 +215,7 @@ def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
     half, g = torch.arange(300) // 2 % 2, torch.Generator().manual_seed(2)
     prior = 0.5 + 0.2 * (half * 2 - 1) + 0.25 * (truth - 0.5) * torch.rand(300, generator=g)
     mixed = s.smooth(x, prior, 0.97, 10, 3.0)
-    assert s.accuracy(prior, truth) == 0.5 and s.accuracy(mixed, truth) > 0.9
+    assert m.accuracy(prior, truth) == 0.5 and m.accuracy(mixed, truth) > 0.9
     chosen = s.choose_smoothing(two_views(x, prior, truth), s.Config())
     assert chosen.alpha == 0 and chosen.after == 0.5
 
@@ -298,9 +299,9 @@ def test_thresholds_by_hand():
     """a = supervisor right on D_l, q = own labels right among wrong answers: labels is (a - q) / (1 - q)."""
     prep = prepared()
     learn = prep.learn
-    a = s.accuracy(learn.weak, learn.truth)
+    a = m.accuracy(learn.weak, learn.truth)
     wrong = learn.belief.argmax(1) != learn.gold
-    q = s.accuracy(learn.own[wrong], learn.truth[wrong])
+    q = m.accuracy(learn.own[wrong], learn.truth[wrong])
     p = torch.rand(50, generator=torch.Generator().manual_seed(4))
     for rule, value in (("answers", a), ("labels", (a - q) / (1 - q))):
         name, tau_l, tau_u = s.thresholds(s.Config(tau=rule), prep, p)
@@ -316,7 +317,7 @@ def test_thresholds_by_hand():
     torch.testing.assert_close(tau_u, ((confidence - q) / (1 - q)).float())
     torch.testing.assert_close(tau_l, ((sure.held_out - q) / (1 - q)).float())
     name, tau_l, _ = s.thresholds(s.Config(), prep, p)
-    right = {rule: s.accuracy(s.route(p, learn.own, learn.weak, s.thresholds(s.Config(tau=rule), prep, p)[1])[0],
+    right = {rule: m.accuracy(s.route(p, learn.own, learn.weak, s.thresholds(s.Config(tau=rule), prep, p)[1])[0],
                               learn.truth) for rule in s.TAU_RULES}
     assert right[name] == max(right.values()) and len(set(right.values())) > 1
 
@@ -343,7 +344,7 @@ def test_belief_tells_right_answers_where_the_state_does_not():
     gold = torch.where(prep.learn.belief.amax(1) > 0.4, prep.learn.belief.argmax(1), (prep.learn.belief.argmax(1) + 1) % 4)
     prep = prep._replace(learn=prep.learn._replace(gold=gold))
     right = (prep.learn.belief.argmax(1) == gold).double()
-    area = {router: s.auroc(s.know(s.Config(), prep, router).learn, right) for router in s.ROUTERS}
+    area = {router: m.auroc(s.know(s.Config(), prep, router).learn, right) for router in s.ROUTERS}
     assert area["belief"] > 0.95 and area["both"] > 0.95 and abs(area["probe"] - 0.5) < 0.2
     known = s.know(s.Config(), prep, "both")
     torch.testing.assert_close(known.predict(prep.transfer), known.transfer)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data import DEMO, OFFICIAL, load_task
-from data.results.report import accuracy, auroc, ece, mean_of
+from data.results.metrics import accuracy, auroc, ece, mean_of
 
 
 def student_metrics(config, prep, known, strong, seed: int, stages, method: str = "selective") -> dict:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.results.report import mean_of
+from data.results.metrics import mean_of
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
 

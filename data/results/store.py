@@ -1,0 +1,121 @@
+"""A run on disk: result.json and items.npz, written whole, read again, several made one."""
+import hashlib
+import io
+import json
+import os
+import shlex
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import DataError
+from data.cache import digest
+from data.results.report import diagnose, summarise
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def sources() -> dict[str, str]:
+    """SHA-256 of every source file of the program."""
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/results/*.py")])
+    return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def result_of(config, task, counts: dict, models: dict, stages, runs: list[dict], analysis, seconds: float) -> dict:
+    """What result.json holds. models: weak and strong; runs: one per seed (selw2s.record)."""
+    gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+    return {
+        "schema": 2, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": asdict(config),
+        "code": sources(),
+        "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
+                 **counts},
+        "models": {name: {"sha256": model.sha256, "revision": model.network.revision, "lr": model.lr}
+                   for name, model in models.items()},
+        "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
+        "stages": stages.log, "seconds": round(seconds, 2), **measured(runs, config.methods),
+        "analysis": analysis, "finished": True}
+
+
+def measured(runs: list[dict], methods) -> dict:
+    """The parts of a result that follow from the seeds' arrays."""
+    seeds = []
+    for r in runs:
+        choices = {name: value for name, value in r.items() if name not in ("transfer", "test")}
+        seeds.append(choices | {"diagnostics": diagnose(r, methods)})
+    return {"metrics": summarise(runs, methods), "seeds": seeds}
+
+
+def write(result: dict, runs: list[dict], out: str) -> Path:
+    """<out>/<task>/<run id>/items.npz, then result.json, each under a temporary name first: a result.json is
+    always a whole one. Returns the folder."""
+    identity = {k: v for k, v in result["config"].items() if k not in ("out", "data_dir")}
+    models = [model["sha256"] for model in result["models"].values()]
+    run_id = digest(identity, result["data"]["sha256"], models, result["code"])[:12]
+    folder = Path(out) / result["data"]["name"] / run_id
+    arrays = {f"seed{r['seed']}/{part}/{name}": array
+              for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
+    items = io.BytesIO()
+    np.savez_compressed(items, **arrays)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "items.npz", items.getvalue())
+    replace_file(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    return folder
+
+
+def read_run(path: str) -> tuple[dict, list[dict]]:
+    """A result.json and its seeds' arrays from the items.npz beside it; DataError."""
+    try:
+        result = json.loads(Path(path).read_text("utf-8"))
+        runs = [dict(seed, transfer={}, test={}) for seed in result["seeds"]]
+        with np.load(Path(path).with_name("items.npz"), allow_pickle=False) as arrays:
+            for run in runs:
+                for key in arrays.files:
+                    seed, part, name = key.split("/", 2)
+                    if seed == f"seed{run['seed']}":
+                        run[part][name] = arrays[key]
+        for run in runs:
+            del run["diagnostics"]
+        return result, runs
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a result.json of this program with its items.npz beside it ({error})") from None
+
+
+FREE = ("out", "data_dir", "rerun", "merge", "seeds", "keep")        # what merged runs may differ in
+
+
+def merged(paths) -> tuple[dict, list[dict]]:
+    """One result of several runs that differ in their seeds alone, and the seeds' arrays; DataError naming what
+    else differs."""
+    first, runs = read_run(paths[0])
+    stages, commands, seconds = list(first["stages"]), [first["command"]], first["seconds"]
+    for path in paths[1:]:
+        other, more = read_run(path)
+        a, b = ({"code": r["code"], "data": r["data"], "models": r["models"], "analysis": r["analysis"]}
+                | {f"--{k}": v for k, v in r["config"].items() if k not in FREE} for r in (first, other))
+        if differ := [name for name in a | b if a.get(name) != b.get(name)]:
+            raise DataError(f"{path}: differs from {paths[0]} in {', '.join(differ)}; only seeds may")
+        if both := {run["seed"] for run in runs} & {run["seed"] for run in more}:
+            raise DataError(f"{path}: has seed {min(both)} too; give each seed once")
+        runs += more
+        stages += other["stages"]
+        commands.append(other["command"])
+        seconds += other["seconds"]
+    runs.sort(key=lambda run: run["seed"])
+    config = first["config"] | {"seeds": [run["seed"] for run in runs]}
+    return first | {"command": "; ".join(commands), "config": config, "stages": stages, "seconds": round(seconds, 2),
+                    **measured(runs, config["methods"])}, runs
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """The file whole, or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
