@@ -46,7 +46,7 @@ from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa:
 from data.report import rerun, table, write
 from data.stages import Stages, counter, digest
 from graph import affinity, knn, normalise, propagate
-from model import Classifier, LoadError, TrainError, cut, finetune, load, out_of_memory, read
+from model import Classifier, LoadError, TrainError, encode_options, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
 
@@ -87,9 +87,9 @@ def trained(name: str, side: Side, sequences, targets: Tensor, ask, config: Conf
     settings = dict(lr=side.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=side.large)
 
-    def compute(unfinished):
+    def compute():
         student = finetune(side.model, sequences, targets, target_fn=target_fn, progress=counter(name),
-                           save=unfinished, **settings)
+                           **settings)
         state, p = student.state(), student.predict(ask)
         if not p.isfinite().all():
             raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
@@ -129,13 +129,13 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages,
     layers = tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))       # offered to probe and graph [D14]
 
     def ask(name, prompts, completions, pick):
-        heads, tails = cut(strong.tokenizer, prompts, completions)
+        heads, tails = encode_options(strong.tokenizer, prompts, completions)
         longest = max(len(h) + max(map(len, t)) for h, t in zip(heads, tails))
         if longest > strong.model.config.context:
             raise DataError(f"a prompt of {longest} tokens is over the strong model's "
                             f"{strong.model.config.context}: use fewer --shots, --own sum, shorter questions")
         return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
-                      lambda _: read(strong.model, heads, tails, pick, layers=layers)._asdict(),
+                      lambda: read(strong.model, heads, tails, pick, layers=layers)._asdict(),
                       tokens=sum(len(h) + sum(map(len, t)) for h, t in zip(heads, tails)))
 
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in shots)
@@ -161,7 +161,7 @@ def elicit(config: Config, strong: Side, rows, questions, shots, stages: Stages,
     belief = score.softmax(1)
     shown = torch.tensor([1 if config.own == "judge" or i < 0 else i for i in pick])
     own = (belief.argmax(1) == shown).float()                               # hard: 0 or 1 [D13]
-    return Elicited(belief, own, reading["prompt"], reading["item"])
+    return Elicited(belief, own, reading["prompt_state"], reading["item_state"])
 
 
 def answers(config: Config, rows, questions) -> Tensor:

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-NETWORKS = Path(__file__).resolve().parent.parent / "model.py"       # the source that every stage runs
+HERE = Path(__file__).resolve().parent
+NETWORKS = [HERE.parent / "model.py", HERE / "families.py", HERE / "tokens.py"]     # what every stage runs
 
 
 def digest(*parts) -> str:
@@ -41,18 +42,18 @@ class Stages:
     def __init__(self, directory: Path, tell: Callable[[str], None], device: str = "cpu"):
         self.directory, self.tell, self.device, self.log = directory, tell, device, []
         gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
-        self.source = digest(NETWORKS.read_text("utf-8"), torch.__version__, torch.get_num_threads(), *gpu)
+        source = [path.read_text("utf-8") for path in NETWORKS]
+        self.source = digest(*source, torch.__version__, torch.get_num_threads(), *gpu)
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
-            if left.suffix != ".unfinished" and time.time() - left.stat().st_mtime > 86400:
+            if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
-    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[Path], dict[str, Tensor]],
+    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[], dict[str, Tensor]],
                  **work) -> dict[str, Tensor]:
-        """compute(path) -> tensors, or the stored ones; it may keep its state in path, removed at the end.
-        name and work (steps, tokens: numbers for the log) do not enter the key."""
+        """compute() -> tensors, or the stored ones. name and work (steps, tokens: numbers for the log) do not
+        enter the key."""
         path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
-        unfinished = path.with_name(f".{path.stem}.unfinished")
         if path.exists():
             try:
                 tensors = load_file(path)
@@ -66,7 +67,7 @@ class Stages:
         start = time.perf_counter()
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
-        tensors = {key: value.contiguous() for key, value in compute(unfinished).items()}
+        tensors = {key: value.contiguous() for key, value in compute().items()}
         record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(self.device), **work}
         if "tokens" in work:
             record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
@@ -77,7 +78,6 @@ class Stages:
         try:
             save_file({**tensors, "record": blob}, temporary)
             os.replace(temporary, path)
-            unfinished.unlink(missing_ok=True)
         finally:
             temporary.unlink(missing_ok=True)
         return tensors

@@ -171,27 +171,3 @@ def test_rerun_computes_everything_again_and_leaves_the_compared_file(tiny, tmp_
     again = json.loads(next(tmp_path.glob("rerun-*/*/*/result.json")).read_text())
     first = {stage["key"]: stage["cached"] for stage in reversed(again["stages"])}      # of equal stages
     assert file.read_bytes() == before and len(first) >= 6 and not any(first.values())
-
-
-def test_a_finetune_goes_on_from_its_last_save(tiny, tmp_path, unbroken, monkeypatch, capsys):
-    import model
-    monkeypatch.setattr(model, "SAVE_SECONDS", 0.0)
-    seen = []
-
-    def stop(name):
-        def show(step, steps, loss):
-            seen.append((name, step))
-            # a save follows each step: this one's is lost, the one before stands
-            if (name, step) == ("naive", 3):
-                raise KeyboardInterrupt
-        return show
-    monkeypatch.setattr(selw2s, "counter", stop)
-    argv = [*tiny, *METHODS, "--out", str(tmp_path)]
-    assert selw2s.main(argv) == 130
-    assert len(list((tmp_path / "cache").glob(".*.unfinished"))) == 1
-    seen.clear()
-    monkeypatch.setattr(selw2s, "counter", lambda name: lambda step, steps, loss: seen.append((name, step)))
-    assert selw2s.main(argv) == 0
-    assert [step for name, step in seen if name == "naive"] == [3, 4]
-    assert not list((tmp_path / "cache").glob(".*"))
-    same(outcome(tmp_path), unbroken)
