@@ -7,8 +7,6 @@ Same weights, same process, runs of both in turn; a line gives the medians and t
 Hidden states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the
 same batches of 32 in the same order, both sides timed from the end of their first step. Lengths are those of
 real items of ../shared/data in GPT-2 tokens, or one number for all.
-model.load tells glibc to keep freed memory. transformers runs without that: with glibc's own thresholds at
-the largest they grow to by themselves (--same-memory: with model.load's, in both).
 `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
 given `--peak` (TFLOP/s). About 15 minutes on two idle cores.
 """
@@ -74,9 +72,6 @@ def pad(sequences, device):
     return tokens.to(device), (torch.arange(tokens.shape[1], device=device) < n[:, None]).long(), n - 1
 
 
-KEPT = 2 ** 30, 2 ** 26  # as model.load
-GLIBC = 2 ** 26, 2 ** 25  # blocks up to DEFAULT_MMAP_THRESHOLD_MAX, and twice that kept: see mallopt(3)
-
 
 class Theirs:
     def __init__(self, net, fused):
@@ -116,13 +111,9 @@ def timed(work, device, clock) -> float:
     return (ticks[-1] - ticks[1]) if len(ticks) > 1 else now() - ticks[0]
 
 
-def pairs(name, count, tokens, flops, peak, device, clock, memory, ours, theirs):
-    def turn(work, memory):
-        M.keep_freed_memory(*memory)
-        return timed(work, device, clock)
-
-    turn(ours, KEPT), turn(theirs, memory)
-    seconds = [(turn(theirs, memory), turn(ours, KEPT)) for _ in range(count)]
+def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs):
+    timed(ours, device, clock), timed(theirs, device, clock)
+    seconds = [(timed(theirs, device, clock), timed(ours, device, clock)) for _ in range(count)]
     a, b = (statistics.median(column) for column in zip(*seconds))
     ratios = sorted(x / y for x, y in seconds)
     used = f", {flops * tokens / b / peak / 1e10:.1f} % of peak" if peak else ""
@@ -144,12 +135,10 @@ def main():
     p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
     p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
     p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
-    p.add_argument("--same-memory", action="store_true", help="let glibc keep memory for transformers too")
     p.add_argument("--cpu-time", action="store_true",
                    help="count CPU seconds, for a machine that others use (one thread)")
     a = p.parse_args()
     clock = time.process_time if a.cpu_time else time.perf_counter
-    memory = KEPT if a.same_memory else GLIBC
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     for shape in a.shapes:
@@ -179,12 +168,11 @@ def main():
                   f"padding costs {padded / sum(map(len, sequences)):.2f} x")
             order = torch.randperm(a.items, generator=torch.Generator().manual_seed(0)).split(32)
             pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak,
-                  a.device, clock, memory,
+                  a.device, clock,
                   lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),
                   lambda tick: theirs.hidden(sequences))
             timed_tokens = sum(len(sequences[i]) for rows in order[1:] for i in rows)
             pairs(f"{shape} {length} finetune", a.pairs, timed_tokens, 6 * weights, a.peak, a.device, clock,
-                  memory,
                   lambda tick: M.finetune(ours, sequences, targets, lr=1e-6, epochs=1, seed=0,
                                           batch_tokens=a.train_tokens, progress=lambda *_: tick()),
                   lambda tick: theirs.train(sequences, targets, 0, tick))

@@ -130,16 +130,15 @@ def family(raw, rng):
         params, _ = M.read_params(config, M.tensor_files(Path(folder)), "cpu", torch.float32)
     weights["score.weight"] = tensor(rng.randn(2, config.width) / config.width ** 0.5)
     tokens, target = torch.from_numpy(rng.randint(53, size=sum(LENGTHS))), tensor([0.2, 0.95, 0.6])
-    score, net = weights["score.weight"].clone(), M.Transformer(config, params)
-    for x in (score, *params.values()):
-        x.requires_grad_()
+    score = weights["score.weight"].clone().requires_grad_()
+    net = M.Transformer(config, params).requires_grad_()
     *states, final = net.packed(tokens, LENGTHS, (*range(config.layers + 1), None))
     z = final[torch.tensor(LENGTHS).cumsum(0) - 1] @ score.T                    # (B, 2)
     loss = -(torch.stack([1 - target, target], 1) * z.log_softmax(1)).sum(1).mean()
     loss.backward()
     _, b, c = (part.tolist() for part in tokens.split(LENGTHS))
     reading = M.read(net, [c[:15]], [[c[15:], b[:4]]], [-1])
-    row, gradients = M.FAMILIES[config.family], {name: x.grad for name, x in params.items()}
+    row, gradients = M.FAMILIES[config.family], {name: x.grad for name, x in net.params.items()}
     gradients = M.export(config, gradients | {"head.weight": params["embed.weight"]})   # its own is None
     embed = row["prefix"] + row["names"]["embed"] + ".weight"
     query = QUERY.get(config.family, "model.layers.0.self_attn.q_proj.weight")
