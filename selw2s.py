@@ -30,7 +30,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 ALWAYS = ("weak", "zero-shot")      # without training a student: rows of every run
 METHODS = (*ALWAYS, "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
            "graph-only", "route-only", "selective", "fused", "trust", "chain", "oracle")
-DEFAULT_METHODS = (*ALWAYS, "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only", "selective")
+DEFAULT_METHODS = (*ALWAYS, "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
+                   "selective")
 EXAMPLES = """examples:
   python selw2s.py --task demo                                        under a minute on two cores, no download
   python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
@@ -45,7 +46,7 @@ def flag(default, help: str, **kwargs):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on. Type object: a number, or "auto"."""
+    """Everything that a run depends on. Type object: a number, or a word."""
     task: str = flag("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two "
                              "models), sciq, boolq, cosmosqa, or FILE.jsonl")
     weak: str = flag("", "weak model: directory or hub id (the demo tasks bring their own)", metavar="MODEL")
@@ -53,46 +54,44 @@ class Config:
     methods: tuple = flag(DEFAULT_METHODS, "all, or some of: " + " ".join(METHODS), nargs="+",
                           metavar="METHOD", choices=METHODS + ("all",))
     seeds: tuple = flag((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
-    protocol: str = flag("paper", "items and halves: balanced and disjoint by passage, or draw for draw as "
-                                  "OpenAI's code [D12]", choices=("paper", "openai"))
-    shots: int = flag(0, "solved examples from D_l in front of each question the strong model answers [D2]")
-    own: str = flag("sum", "self-generated answer by option likelihood: summed, per token, less the "
-                           "option's unconditional one, or by judging the shown candidate [D1]",
+    protocol: str = flag("paper", "balanced items and halves disjoint by passage, or OpenAI's code's [D12]",
+                         choices=("paper", "openai"))
+    folds: int = flag(5, "parts of D_l, each labelled by a supervisor trained on the others [D16]",
+                      metavar="N")
+    shots: int = flag(0, "solved examples from D_l before what the strong model answers [D2]", metavar="N")
+    own: str = flag("sum", "own answer by log-likelihood: sum, per token, less unconditional; judged [D1]",
                     choices=("sum", "mean", "pmi", "judge"))
     target: str = flag("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]",
                        choices=("hard", "soft"))
-    folds: int = flag(5, "parts of D_l; each gets its weak labels from a supervisor trained on the others [D16]")
-    route: str = flag("probe", "P(IK) from the hidden state (the paper's), from the sorted option probabilities, "
-                               "or from both", choices=("probe", "belief", "both"))
-    tau: object = flag("auto", "P(IK) from which the own label is used: a number; or what the supervisor is "
-                               "compared with: answers, labels, item; auto: chosen of these on D_l [D4]",
-                       metavar="X")
-    anchors: int = flag(1, "1: routed own labels stand in Y while the others are smoothed, "
-                           "0: weak labels only [D5]", choices=(0, 1))
+    route: str = flag("probe", "P(IK) from the hidden state, the sorted option probabilities, or both",
+                      choices=("probe", "belief", "both"))
+    tau: object = flag("auto", "P(IK) from which the own label is used: a number, or by a rule: answers, "
+                               "labels, item; auto: the best of these on D_l [D4]", metavar="X")
+    anchors: int = flag(1, "1: own labels stand in Y while the others are smoothed, 0: weak labels only [D5]",
+                        choices=(0, 1))
     alpha: object = flag("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
     k: object = flag("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
-    gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]")
-    student: str = flag("classifier", "a linear head on the last hidden state, or the model's own answer: softmax "
-                                      "over the options [D17]", choices=("classifier", "answer"))
+    gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]", metavar="X")
+    student: str = flag("classifier", "a linear head, or the model's own answer: softmax of options [D17]",
+                        choices=("classifier", "answer"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
-    epochs: int = flag(2, "passes over the training items")
-    batch: int = flag(32, "items per update")
+    epochs: int = flag(2, "passes over the training items", metavar="N")
+    batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
-    analysis: str = flag("", "after the methods: P(IK) across tasks, across difficulties, "
-                             "or tau, alpha, k varied", choices=("cross-task", "difficulty", "sweep"))
+    analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied",
+                         choices=("cross-task", "difficulty", "sweep"))
     difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
                            choices=("weak", "strong"))
     keep: str = flag("", "save this method's students in Hugging Face layout under <out>/students",
                      choices=METHODS, metavar="METHOD")
-    limit: int = flag(0, "use at most this many train and this many test questions (0: all)")
+    limit: int = flag(0, "at most this many train and this many test questions (0: all)", metavar="N")
     device: str = flag("cpu", "cpu, cuda, cuda:1 ...")
     dtype: str = flag("float32", "dtype of the pretrained weights",
                       choices=("float32", "bfloat16", "float16"))
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
-    merge: tuple = flag((), "result.json files of runs that differ in their seeds alone: one table of them all",
+    merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
-    rerun: str = flag("", "repeat the run of a result.json and compare: every other flag but --out, "
-                          "--data-dir is taken from it", metavar="FILE")
+    rerun: str = flag("", "repeat the run of a result.json and compare", metavar="FILE")
     out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
 
 
@@ -103,7 +102,7 @@ LIMITS = {      # flag: least value, greatest, what it must be (NaN compares fal
     "tau": (0, 1e9, f"{', '.join(TAU_RULES)} or a number from 0 (above 1: never the own label)"),
     "alpha": (0, 1 - 1e-9, "a number from 0 to below 1"),
     "gamma": (0, 1e9, "a number from 0"),
-    "lr": (1e-30, 1e30, "a positive number"),
+    "lr": (1e-300, 1e300, "a positive number"),
     "k": (1, MOST, "a whole number from 1"),
     **dict.fromkeys(("epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
     **dict.fromkeys(("shots", "limit"), (0, MOST, f"a whole number from 0 to {MOST}"))}
@@ -164,7 +163,7 @@ def described(config: Config) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, generated from Config; a wrong flag ends the program with one line and exit code 2."""
+    """The command line, generated from Config; a wrong flag ends the program: one line, exit code 2."""
     def layout(prog):
         return argparse.RawDescriptionHelpFormatter(prog, width=118, max_help_position=24)
 
@@ -229,7 +228,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import DEMO, YES_NO, DataError, Item, Question, completion, deal, fit, halves, items, load_task, prompt
+from data import (DEMO, YES_NO, DataError, Item, Question, completion, deal, fit, halves, items, load_task,
+                  prompt)
 from data.cache import Stages, counter, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
@@ -237,7 +237,7 @@ from data.results.report import shown, table
 from data.results.store import merged, result_of, write
 from data.tokens import LoadError, encode_options
 from graph import affinity, knn, normalise, propagate
-from model import Choice, TrainError, finetune, load, out_of_memory, read
+from model import Answerer, Choice, Classifier, TrainError, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
 
@@ -285,48 +285,64 @@ class Outcome(NamedTuple):
     weights: str
 
 
-def finetuned(name: str, start: Pretrained, inputs: list, targets: Tensor, ask: list, config: Config, seed: int,
-              stages: Stages, rule=None) -> Outcome:
+class Setup(NamedTuple):
+    """What all steps of a run share."""
+    config: Config
+    task: object        # data.Task, as both models can read it
+    weak: Pretrained
+    strong: Pretrained
+    stages: Stages      # finished ones on disk; tells of the others
+
+
+def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets: Tensor, ask: list, seed: int,
+              rule=None) -> Outcome:
     """Finetune a pretrained model on items with soft targets (n,), and let it label others.
 
     inputs: token sequences (classifier) or Choices (a student that answers); ask: lists of the same; rule:
     target of a step from student's and given probability (model.finetune's target_fn). A stage: kept on disk.
     With --keep the finetuned model is saved too."""
-    answers = isinstance(inputs[0], Choice)
+    config, answers = setup.config, isinstance(inputs[0], Choice)
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
     keep = name == config.keep
 
     def compute():
         student = finetune(start.network, inputs, targets, target_fn=rule, progress=counter(name), **settings)
-        state, p = student.state(), [student.predict(part) for part in ask]
+        state = student.state()
+        if not all(x.isfinite().all() for x in state.values()):
+            raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
+                             f"{start.lr}): lower it")
+        out = {f"p{i}": student.predict(part) for i, part in enumerate(ask)}
         if keep:
-            folder = f"{Path(config.task).stem}-{name}-seed{seed}"
-            student.save(Path(config.out) / "students" / folder)
-        return {f"p{i}": part for i, part in enumerate(p)} | {
-            "weights": digest(*(state[key] for key in sorted(state)))}
+            out |= {f"state.{key}": x.cpu() for key, x in state.items()}
+        return out | {"weights": digest(*(state[key] for key in sorted(state)))}
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
-    tokens = sum(map(len, inputs)) if not answers else sum(len(c.prompt) + sum(map(len, c.options)) for c in inputs)
-    out = stages("finetune", name, depends, compute,
-                 steps=config.epochs * -(-len(inputs) // config.batch), tokens=config.epochs * tokens)
+    sizes = [len(x.prompt) + sum(map(len, x.options)) if answers else len(x) for x in inputs]
+    out = setup.stages("finetune", name, depends, compute, tokens=config.epochs * sum(sizes),
+                       steps=config.epochs * -(-len(inputs) // config.batch))
+    if keep:
+        state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
+        folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"
+        kind = Answerer if answers else Classifier
+        kind(start.network, state).save(Path(config.out) / "students" / folder)
     return Outcome([out[f"p{i}"] for i in range(len(ask))], out["weights"])
 
 
 # ------------------------------------------------------------------------------------------- the three parts
 class Part(NamedTuple):
-    """One part of a seed's data with all that steps 1 to 3 know of it: D_l, D_u or test; a row per item."""
-    items: list[Item]               # n; their labels are read for D_l, for the ceiling, oracle and metrics only
-    questions: list[Question]       # n, the items' own; their answers likewise
-    inputs: list                    # n, what a student is given: the item's token ids, or a Choice [D17]
-    weak: Tensor                    # (n,) weak P(y = 1); on D_l cross-fitted
-    own: Tensor                     # (n,) self-generated label, 0/1
-    zero_shot: Tensor               # (n,) the untouched strong model's P(y = 1): its belief in the candidate shown
-    belief: Tensor                  # (n, K) its probability of each option
-    prompt_state: Tensor            # (n, R, C) its hidden states where the question ends, before any candidate
-    item_state: Tensor              # (n, R, C) its hidden states where the item's text ends
-    truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, like the rest below
+    """One part of a seed's data, D_l, D_u or test, with all that steps 1 to 3 know of it: a row per item."""
+    items: list[Item]           # n; labels of D_u and test are read for ceiling, oracle and metrics only
+    questions: list[Question]   # n, the items' own; their answers likewise
+    inputs: list                # n, what a student is given: the item's token ids, or a Choice [D17]
+    weak: Tensor                # (n,) weak P(y = 1); on D_l cross-fitted
+    own: Tensor                 # (n,) self-generated label, 0/1
+    zero_shot: Tensor           # (n,) P(y = 1) of the strong model untouched: its belief in what is shown
+    belief: Tensor              # (n, K) its probability of each option
+    prompt_state: Tensor        # (n, R, C) its hidden states where the question ends, no candidate shown yet
+    item_state: Tensor          # (n, R, C) its hidden states where the item's text ends
+    truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, as are the next two
     gold: Tensor | None = None      # (n,) column of `belief` that is right
-    fold: Tensor | None = None      # (n,) fold of the item's group; supervisor and probes of a row are of others
+    fold: Tensor | None = None      # (n,) fold of the item's group: its supervisor and probe saw the others
 
 
 def take(part: Part, rows: Tensor) -> Part:
@@ -353,18 +369,19 @@ class Split(NamedTuple):
     question: dict[str, Question]       # by id
     fold: Tensor                        # (n_l,) of D_l's items
     examples: list[Item]                # of D_l, solved in front of what the strong model answers [D2]
-    usable: Tensor                      # (n_l,) bool: not of an example's group, whose answer stands in the prompt
+    usable: Tensor                      # (n_l,) bool: not of an example's group, whose answer was shown
 
 
-def split(config: Config, task, seed: int, tell) -> Split:
+def split(setup: Setup, seed: int) -> Split:
     """1. Questions -> binary items -> D_l, D_u, test (Burns et al. 2023, App. A); D_l into folds [D16]."""
+    config, task = setup.config, setup.task
     drawn = items(task.train, protocol=config.protocol, seed=seed)
     labelled, transfer = halves(drawn, task.train, protocol=config.protocol, seed=seed)
     test = items(task.test, protocol=config.protocol, seed=seed if config.protocol == "openai" else 0)
-    tell(f"1 split    {len(labelled):,} labelled, {len(transfer):,} transfer, {len(test):,} test items   "
-         f"e.g. {labelled[0].text!r:.70} -> {labelled[0].label}")
+    setup.stages.tell(f"1 split    {len(labelled):,} labelled, {len(transfer):,} transfer, {len(test):,} "
+                      f"test items   e.g. {labelled[0].text!r:.70} -> {labelled[0].label}")
     if config.shots > len(labelled) // 2:
-        raise DataError(f"--shots {config.shots} would use up D_l, which has {len(labelled)} items: at most half")
+        raise DataError(f"--shots {config.shots} would use up D_l, {len(labelled)} items: at most half")
     question = {q.id: q for q in task.train + task.test}
     picked = np.random.default_rng(seed).choice(len(labelled), config.shots, replace=False)
     examples = [labelled[i] for i in picked]
@@ -374,8 +391,8 @@ def split(config: Config, task, seed: int, tell) -> Split:
     for f in range(config.folds):
         others = {item.label for item, other in zip(labelled, fold) if other != f}
         if not (fold[usable] == f).any() or len(others) < 2:
-            raise DataError(f"D_l, {len(labelled)} items, is too small for --folds {config.folds} and --shots "
-                            f"{config.shots}; give fewer, or more questions, in more groups")
+            raise DataError(f"D_l, {len(labelled)} items, is too small for --folds {config.folds} and "
+                            f"--shots {config.shots}; give fewer, or more questions, in more groups")
     return Split(labelled, transfer, test, question, fold, examples, usable)
 
 
@@ -389,23 +406,25 @@ class Supervised(NamedTuple):
     by_fold: Tensor     # (folds, n_u) D_u's labels by each of the cross-fitted supervisors
 
 
-def supervise(config: Config, weak: Pretrained, parts: Split, seed: int, stages: Stages) -> Supervised:
-    """2. The weak model finetuned on D_l's ground truth labels D_u and test; others like it, each finetuned on
-    all folds of D_l but one, label that one [D16]."""
+def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
+    """2. The weak model finetuned on D_l's ground truth labels D_u and test; others like it, each finetuned
+    on all folds of D_l but one, label that one [D16]."""
+    weak = setup.weak
     labelled, transfer, test = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:3])
     truth = torch.tensor([float(item.label) for item in parts.labelled])
-    supervisor = finetuned("weak", weak, labelled, truth, [transfer, test], config, seed, stages)
-    cross, by_fold = torch.empty(len(labelled)), torch.empty(config.folds, len(transfer))
-    for f in range(config.folds):
-        learn, ask = (parts.fold != f).nonzero()[:, 0], (parts.fold == f).nonzero()[:, 0]
-        out = finetuned(f"cross-{f}", weak, [labelled[i] for i in learn], truth[learn],
-                        [[labelled[i] for i in ask], transfer], config, seed, stages)
-        cross[ask], by_fold[f] = out.p
-    stages.tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f} ({config.folds} folds)")
+    supervisor = finetuned("weak", setup, weak, labelled, truth, [transfer, test], seed)
+    folds = setup.config.folds
+    cross, by_fold = torch.empty(len(labelled)), torch.empty(folds, len(transfer))
+    for f in range(folds):
+        learn, held = (parts.fold != f).nonzero()[:, 0], (parts.fold == f).nonzero()[:, 0]
+        out = finetuned(f"cross-{f}", setup, weak, [labelled[i] for i in learn], truth[learn],
+                        [[labelled[i] for i in held], transfer], seed)
+        cross[held], by_fold[f] = out.p
+    setup.stages.tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f} ({folds} folds)")
     return Supervised(cross, *supervisor.p, supervisor.weights, by_fold)
 
 
-# ------------------------------------------------------------------------------------ 3. Self-generated labels
+# ----------------------------------------------------------------------------------- 3. Self-generated labels
 JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"  # after Burns' Table 2
 
 
@@ -424,18 +443,20 @@ def layers_read(strong: Pretrained) -> tuple:
     return tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))
 
 
-def likelihoods(name: str, strong: Pretrained, prompts: list[str], completions: list[list[str]], pick: list[int],
-                config: Config, stages: Stages) -> dict[str, Tensor]:
+def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[list[str]],
+                pick: list[int]) -> dict[str, Tensor]:
     """Log-likelihood of each prompt's completions and hidden states, in one pass (model.Reading); a stage."""
+    strong, config = setup.strong, setup.config
     heads, tails = encode_options(strong.tokenizer, prompts, completions)
     longest = max(len(head) + max(map(len, tail)) for head, tail in zip(heads, tails))
     if longest > strong.network.config.context:
         raise DataError(f"a prompt of {longest} tokens is over the strong model's "
                         f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
     layers = layers_read(strong)
-    return stages("read", name, (strong.sha256, config.dtype, config.device, heads, tails, pick, layers),
-                  lambda: read(strong.network, heads, tails, pick, layers=layers)._asdict(),
-                  tokens=sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails)))
+    depends = (strong.sha256, config.dtype, config.device, heads, tails, pick, layers)
+    return setup.stages("read", name, depends,
+                        lambda: read(strong.network, heads, tails, pick, layers=layers)._asdict(),
+                        tokens=sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails)))
 
 
 def options_of(questions: list[Question]) -> list[list[str]]:
@@ -453,34 +474,35 @@ def unconditional(question: Question) -> str:
     return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
 
 
-def elicit(config: Config, name: str, strong: Pretrained, part: list[Item], questions: list[Question],
-           parts: Split, stages: Stages) -> Elicited:
+def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split) -> Elicited:
     """3. The option with the largest log-likelihood given the question is the strong model's own answer [D1];
     the own label of an item is 1 if the candidate it shows is that answer. Examples stand in front [D2]."""
+    own = setup.config.own
     examples = [(item, parts.question[item.question_id]) for item in parts.examples]
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in examples)
-    prompts, completions, none = [before + prompt(q) for q in questions], options_of(questions), [-1] * len(part)
+    prompts, completions = [before + prompt(q) for q in questions], options_of(questions)
     # the branch on which an item's text ends; a yes/no question is itself the item and ends with the prompt
     pick = [-1 if item.text == prompt(q) else item.option for item, q in zip(part, questions)]
-    reading = likelihoods(f"read {name}", strong, prompts, completions, pick, config, stages)
+    reading = likelihoods(f"read {name}", setup, prompts, completions, pick)
     score, column = reading["loglik"], torch.tensor([item.option for item in part])         # (n, K), (n,)
-    if config.own == "mean":
+    none = [-1] * len(part)
+    if own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
-    if config.own == "pmi":
-        alone = likelihoods(f"read {name} unconditional", strong, [unconditional(q) for q in questions],
-                            completions, none, config, stages)["loglik"]
-        score = score - alone.nan_to_num(neginf=0.0)
-    if config.own == "judge":
-        before = "".join(f"{judged(*example)} {example[0].label}\n\n" for example in examples)
+    if own == "pmi":
+        alone = [unconditional(q) for q in questions]
+        prior = likelihoods(f"read {name} unconditional", setup, alone, completions, none)["loglik"]
+        score = score - prior.nan_to_num(neginf=0.0)
+    if own == "judge":
+        before = "".join(f"{judged(item, q)} {item.label}\n\n" for item, q in examples)
         prompts = [before + judged(item, q) for item, q in zip(part, questions)]
         completions, column = [[" 0", " 1"]] * len(part), torch.ones_like(column)
-        score = likelihoods(f"read {name} judge", strong, prompts, completions, none, config, stages)["loglik"]
+        score = likelihoods(f"read {name} judge", setup, prompts, completions, none)["loglik"]
     if name == "labelled":
-        stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
+        setup.stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
     belief = score.softmax(1)
-    own = (belief.argmax(1) == column).float()                              # hard: 0 or 1 [D13]
+    label = (belief.argmax(1) == column).float()                            # hard: 0 or 1 [D13]
     zero_shot = belief.gather(1, column[:, None])[:, 0].float()
-    return Elicited(own, zero_shot, belief, reading["prompt_state"], reading["item_state"])
+    return Elicited(label, zero_shot, belief, reading["prompt_state"], reading["item_state"])
 
 
 def right_option(config: Config, part: list[Item], questions: list[Question]) -> Tensor:
@@ -495,44 +517,45 @@ def own_right(config: Config, part: Part) -> Tensor:
     return (part.belief.argmax(1) == right_option(config, part.items, part.questions)).float()
 
 
-def student_inputs(config: Config, strong: Pretrained, part: list[Item], questions: list[Question]) -> list:
-    """What a student is given of each item: its text, or the question with all options and which one is shown
-    [D17]; the same for training and prediction."""
-    if config.student == "classifier":
-        return strong.tokenizer.encode([item.text for item in part])
-    heads, tails = encode_options(strong.tokenizer, [prompt(q) for q in questions], options_of(questions))
+def student_inputs(setup: Setup, part: list[Item], questions: list[Question]) -> list:
+    """What a student is given of each item, in training and after: its text, or the question with all options
+    and which of them is shown [D17]."""
+    tokenizer = setup.strong.tokenizer
+    if setup.config.student == "classifier":
+        return tokenizer.encode([item.text for item in part])
+    heads, tails = encode_options(tokenizer, [prompt(q) for q in questions], options_of(questions))
     return [Choice(head, tail, item.option) for head, tail, item in zip(heads, tails, part)]
 
 
 class Prepared(NamedTuple):
     """Steps 1 to 3 of one seed."""
+    seed: int
     labelled: Part      # D_l
-    learn: Part         # what P(IK), smoothing and trust may learn from: D_l less the groups of --shots examples
+    learn: Part         # D_l less the groups of --shots examples: what steps 4 to 6 learn from
     transfer: Part      # D_u
     test: Part
     weak_weights: str   # hash of the weak supervisor
     by_fold: Tensor     # (folds, n_u) D_u's labels by the supervisors that labelled D_l's folds
 
 
-def prepare(config: Config, task, weak: Pretrained, strong: Pretrained, seed: int, stages: Stages) -> Prepared:
+def prepare(setup: Setup, seed: int) -> Prepared:
     """Steps 1 to 3 for one seed."""
-    parts = split(config, task, seed, stages.tell)
-    supervised = supervise(config, weak, parts, seed, stages)
-    out = {}
+    parts = split(setup, seed)
+    supervised, out = supervise(setup, parts, seed), {}
     for name, part in zip(("labelled", "transfer", "test"), parts):
         questions = [parts.question[item.question_id] for item in part]
-        said = elicit(config, name, strong, part, questions, parts, stages)
-        inputs = student_inputs(config, strong, part, questions)
+        said = elicit(setup, name, part, questions, parts)
+        inputs = student_inputs(setup, part, questions)
         out[name] = Part(part, questions, inputs, getattr(supervised, name), *said)
     labelled = out["labelled"]
     out["labelled"] = labelled = labelled._replace(
         truth=torch.tensor([float(item.label) for item in labelled.items]),
-        gold=right_option(config, labelled.items, labelled.questions), fold=parts.fold)
+        gold=right_option(setup.config, labelled.items, labelled.questions), fold=parts.fold)
     learn = take(labelled, parts.usable)
     right = (learn.belief.argmax(1) == learn.gold).double().mean()
-    stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, untouched "
-                f"accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
-    return Prepared(learn=learn, weak_weights=supervised.weights, by_fold=supervised.by_fold, **out)
+    setup.stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, "
+                      f"untouched accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
+    return Prepared(seed, learn=learn, weak_weights=supervised.weights, by_fold=supervised.by_fold, **out)
 
 
 # --------------------------------------------------------------------------------------------------- 4. P(IK)
@@ -588,7 +611,8 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
     raise TrainError(f"probe not converged: gradient norm {float(size):.1e} after 200 Newton steps")
 
 
-def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None, fold: Tensor | None = None) -> Probe:
+def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
+              fold: Tensor | None = None) -> Probe:
     """Linear probe: L2 logistic regression to convergence in float64 (paper: P(IK); Kadavath et al. 2022).
 
     features (n, C), target (n,) in [0, 1]; fold (n,) int: rows that share a fold are held out together
@@ -619,8 +643,8 @@ ROUTERS = ("probe", "belief", "both")
 
 
 def router_features(router: str, part: Part) -> list[Tensor]:
-    """What a router may look at, one (n, d) float64 per candidate: a hidden state where the question ends (probe,
-    the paper's), the sorted log-probabilities of the options (belief), or both side by side."""
+    """What a router may look at, one (n, d) float64 per candidate: a hidden state where the question ends
+    (probe, the paper's), the sorted log-probabilities of the options (belief), or both side by side."""
     states = [state.double() for state in part.prompt_state.unbind(1)]
     if router == "probe":
         return states
@@ -643,15 +667,15 @@ class Known(NamedTuple):
 
 
 def ik_target(config: Config, learn: Part) -> Tensor:
-    """(n,) float64, what P(IK) is trained on: own answer right or not, or the probability of the right one [D3]."""
+    """(n,) float64, what P(IK) is trained on: own answer right or not, or p(right option) [D3]."""
     if config.target == "hard":
         return (learn.belief.argmax(1) == learn.gold).double()
     return learn.belief.gather(1, learn.gold[:, None])[:, 0].double()
 
 
 def know(config: Config, prep: Prepared, router: str = "probe") -> Known:
-    """4. P(IK): a linear probe, before any candidate is shown, of whether the own answer is right; trained on D_l,
-    L2 and layer by cross-validation there."""
+    """4. P(IK): a linear probe, before any candidate is shown, of whether the own answer is right; trained on
+    D_l, L2 and layer by cross-validation there."""
     target = ik_target(config, prep.learn).to(config.device)
     probes = [fit_probe(features.to(config.device), target, fold=prep.learn.fold)
               for features in router_features(router, prep.learn)]
@@ -680,8 +704,8 @@ def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Te
     """The rule of tau and tau for every row of D_l and of D_u [D4]; p_learn: P(IK) on D_l, held out.
 
     answers  P(IK) >= a, the supervisor's accuracy on D_l. Cautious: P(IK) is of answers, a of labels.
-    labels   r >= a, where r = P(IK) + (1 - P(IK)) q is the probability that the own *label* is right and q the
-             share of right own labels among D_l's wrongly answered questions
+    labels   r >= a, where r = P(IK) + (1 - P(IK)) q is the probability that the own *label* is right and q
+             the share of right own labels among D_l's wrongly answered questions
     item     r >= the supervisor's own confidence in the item, calibrated on D_l
     auto     the one of these whose labels of D_l are most often right
     All are thresholds on P(IK), as r >= x where P(IK) >= (x - q) / (1 - q)."""
@@ -691,18 +715,21 @@ def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Te
         return [torch.full_like(part.weak, value) for part in (learn, transfer)]
     if config.tau not in ("auto", *TAU_RULES):
         return "fixed", *every(float(config.tau))
-    right, unknown = (learn.weak > 0.5) == (learn.truth > 0.5), learn.belief.argmax(1) != learn.gold
-    a, q = right.double().mean(), 0.0
+    weak_right, unknown = (learn.weak > 0.5) == (learn.truth > 0.5), learn.belief.argmax(1) != learn.gold
+    a, q = weak_right.double().mean(), 0.0
     if unknown.any():
         q = min(accuracy(learn.own[unknown], learn.truth[unknown]), 1 - 1e-6)
-    sure = fit_probe(log_odds(learn.weak).abs()[:, None], right.double(), fold=learn.fold)
+    sure = fit_probe(log_odds(learn.weak).abs()[:, None], weak_right.double(), fold=learn.fold)
     confidence = [sure.held_out, sure.predict(log_odds(transfer.weak).abs()[:, None])]
     rules = {"answers": every(float(a)), "labels": every((float(a) - q) / (1 - q)),
              "item": [((c - q) / (1 - q)).float() for c in confidence]}
     if config.tau != "auto":
         return config.tau, *rules[config.tau]
-    rule = max(rules, key=lambda name: accuracy(route(p_learn, learn.own, learn.weak, rules[name][0])[0], learn.truth))
-    return rule, *rules[rule]
+    right = {}
+    for rule, (tau_learn, _) in rules.items():
+        right[rule] = accuracy(route(p_learn, learn.own, learn.weak, tau_learn)[0], learn.truth)
+    best = max(right, key=right.get)
+    return best, *rules[best]
 
 
 # -------------------------------------------------------------------------------------------------- 6. Smooth
@@ -775,8 +802,8 @@ def views(prep: Prepared, own_learn: Tensor, own_transfer: Tensor, anchors: bool
 def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     """alpha, k, layer that make the scored labels most accurate; alpha = 0 unless one does [D6].
 
-    A candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays off:
-    the best of many noisy candidates looks better than it is. A fixed --alpha is always used."""
+    A candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays
+    off: the best of many noisy candidates looks better than it is. A fixed --alpha is always used."""
     auto = config.alpha == "auto"
     alphas = ALPHAS if auto else (float(config.alpha),)
     smallest = min(len(view.prior) for view in graphs)
@@ -885,9 +912,9 @@ def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
 
 
 def fused(prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Tensor:
-    """(n_u,) P(y = 1) by a logistic regression on the weak log-odds, the strong model's log-odds of the candidate
-    shown, P(IK) and their products, fitted on D_l's truth with cross-fitted weak labels. Beyond the paper: it
-    weighs what the method chooses between."""
+    """(n_u,) P(y = 1) by a logistic regression on the weak log-odds, the strong model's log-odds of the
+    candidate shown, P(IK) and their products, fitted on D_l's truth with cross-fitted weak labels. Beyond the
+    paper: it weighs what the method chooses between."""
     def features(part, p_ik):
         weak, strong, known = log_odds(part.weak), log_odds(part.zero_shot), p_ik.double()
         return torch.stack([weak, strong, known, weak * strong, weak * known, strong * known], 1)
@@ -909,8 +936,7 @@ class Student(NamedTuple):
     weights: str                # hash of the trained tensors
 
 
-def student(method: str, config: Config, prep: Prepared, s: Selected, known: Known, strong: Pretrained, seed: int,
-            stages: Stages) -> Student:
+def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Student:
     """7. The pretrained strong model finetuned on one label set."""
     transfer, weak, rule = prep.transfer, prep.transfer.weak, None
     inputs = transfer.inputs
@@ -941,10 +967,11 @@ def student(method: str, config: Config, prep: Prepared, s: Selected, known: Kno
         case "trust":
             targets = trust(prep, known.transfer)
         case "chain":               # weak -> student -> student
-            targets = student("naive", config, prep, s, known, strong, seed, stages).transfer
+            targets = student("naive", setup, prep, known, s).transfer
         case "oracle":
-            targets = oracle(config, prep)
-    out = finetuned(method, strong, inputs, targets, [transfer.inputs, prep.test.inputs], config, seed, stages, rule)
+            targets = oracle(setup.config, prep)
+    ask = [transfer.inputs, prep.test.inputs]
+    out = finetuned(method, setup, setup.strong, inputs, targets, ask, prep.seed, rule)
     return Student(targets if inputs is transfer.inputs else None, *out.p, out.weights)
 
 
@@ -960,8 +987,8 @@ def part_arrays(config: Config, part: Part, known: dict[str, Tensor], students: 
             **{name: x.numpy() for name, x in arrays.items()}}
 
 
-def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected, done: dict[str, Student],
-           seed: int) -> dict:
+def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
+           done: dict[str, Student]) -> dict:
     """One seed's arrays and choices, as named in items.npz and result.json."""
     n_l, n_u, n_test = (len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
     used, routers = known[config.route], known.items()
@@ -974,7 +1001,7 @@ def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
             transfer[f"label/{method}"] = out.labels.numpy()
     test = part_arrays(config, prep.test, {name: k.test for name, k in routers},
                        {method: out.test for method, out in done.items()})
-    return {"seed": seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule, "layer": used.layer,
+    return {"seed": prep.seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule, "layer": used.layer,
             "l2": used.probe.l2, "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
             "homophily": homophily(prep.transfer, s.chosen_alone),
@@ -985,31 +1012,33 @@ def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
             "transfer": transfer, "test": test}
 
 
-def one_seed(config: Config, task, weak: Pretrained, strong: Pretrained, seed: int, stages: Stages) -> dict:
+def one_seed(setup: Setup, seed: int) -> dict:
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
-    tell = stages.tell
-    prep = prepare(config, task, weak, strong, seed, stages)
+    config, tell = setup.config, setup.stages.tell
+    prep = prepare(setup, seed)
     routers = {router: know(config, prep, router) for router in ROUTERS}
     known = routers[config.route]
     right = (prep.learn.belief.argmax(1) == prep.learn.gold).double()
     areas = [f"{router} {shown(auroc(k.learn, right), '.3f')}" for router, k in routers.items()]
-    tell(f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, layer read {known.layer + 1} "
-         f"of {prep.learn.prompt_state.shape[1]}, l2 {known.probe.l2:g})")
+    tell(f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, layer read "
+         f"{known.layer + 1} of {prep.learn.prompt_state.shape[1]}, l2 {known.probe.l2:g})")
     s = select(config, prep, known.learn, known.transfer)
-    tell(f"5 route    tau {s.tau.double().mean():.3f} ({s.rule}): own label on {s.is_self.double().mean():.3f} of D_u")
+    tell(f"5 route    tau {s.tau.double().mean():.3f} ({s.rule}): own label on "
+         f"{s.is_self.double().mean():.3f} of D_u")
     c = s.chosen
     if c.before is None:
         tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}")
     else:
         tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
              f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
-    done = {"weak": Student(prep.transfer.weak, prep.transfer.weak, prep.test.weak, prep.weak_weights),
-            "zero-shot": Student(prep.transfer.zero_shot, prep.transfer.zero_shot, prep.test.zero_shot, strong.sha256)}
+    transfer, test = prep.transfer, prep.test
+    done = {"weak": Student(transfer.weak, transfer.weak, test.weak, prep.weak_weights),
+            "zero-shot": Student(transfer.zero_shot, transfer.zero_shot, test.zero_shot, setup.strong.sha256)}
     for method in config.methods:
         if method not in done:
-            done[method] = student(method, config, prep, s, known, strong, seed, stages)
+            done[method] = student(method, setup, prep, known, s)
             tell(f"7 student  {method}")
-    return record(config, prep, routers, s, done, seed)
+    return record(config, prep, routers, s, done)
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
@@ -1046,14 +1075,13 @@ def run(config: Config) -> dict:
     weak = pretrained(config.weak or str(HERE / "data/demo/weak"), False, config)
     strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     task, counts = fitted(task, (weak, strong), config, tell)
-    stages = Stages(Path(config.out) / "cache", tell, config.device)
-    runs = [one_seed(config, task, weak, strong, seed, stages) for seed in config.seeds]
+    setup = Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device))
+    runs = [one_seed(setup, seed) for seed in config.seeds]
     analysis = None
     if config.analysis:
         from data.results.analyses import analyse       # here, as it asks for this module's steps
-        analysis = analyse(config, task, weak, strong, stages)
-    result = result_of(config, task, counts, {"weak": weak, "strong": strong}, stages, runs, analysis,
-                       time.perf_counter() - start)
+        analysis = analyse(setup)
+    result = result_of(setup, counts, runs, analysis, time.perf_counter() - start)
     finish(result, runs, config.out)
     return result
 
@@ -1122,5 +1150,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nselw2s: interrupted; finished stages are kept: start the same command again", file=sys.stderr)
+        print("\nselw2s: interrupted; finished stages are kept: start the same command again",
+              file=sys.stderr)
         return 130

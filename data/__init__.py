@@ -112,8 +112,8 @@ def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:
 
 
 def deal(items: list[Item], questions: list[Question], parts: int, rng: random.Random) -> list[int]:
-    """The part, 0 to parts - 1, of each item; `questions` holds the items' own. Whole groups, largest first and
-    at random among equals, each to the part with fewest items so far (to the first of equals)."""
+    """The part, 0 to parts - 1, of each item; `questions` holds the items' own. Whole groups, largest first
+    and at random among equals, each to the part with fewest items so far (to the first of equals)."""
     group = {q.id: q.group for q in questions}
     sizes = Counter(group[item.question_id] for item in items)
     names = sorted(sizes)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK = [ROOT / name for name in ("model.py", "data/families.py", "data/tokens.py")]     # the source that every stage runs
+NETWORK = [ROOT / name for name in ("model.py", "data/families.py", "data/tokens.py")]   # every stage runs it
 
 
 def digest(*parts) -> str:
@@ -39,7 +39,7 @@ def digest(*parts) -> str:
 class Stages:
     """stages(...) gives a stage's values: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors.
 
-    tell(line) prints a line of the run; log has a record per stage asked for: name, cached, key, seconds ..."""
+    tell(line) prints a line of the run; log has a record per stage asked for: name, cached, key, seconds."""
 
     def __init__(self, directory: Path, tell: Callable[[str], None], device: str = "cpu"):
         self.directory, self.tell, self.device, self.log = directory, tell, device, []

@@ -70,8 +70,9 @@ def main() -> None:
               for name, source in (("weak", config.weak), ("strong", config.strong))]
     task, _ = selw2s.fitted(task, models, config, print)
     stages, rows = Stages(Path(config.out) / "cache", print, config.device), []
+    setup = selw2s.Setup(config, task, *models, stages)
     for seed in config.seeds:
-        prep = selw2s.prepare(config, task, *models, seed, stages)
+        prep = selw2s.prepare(setup, seed)
         rows.append({"task": task.name, "seed": seed, "folds": config.folds, **measure(prep, config)})
         print(json.dumps(rows[-1]), flush=True)
     views = [key for key in rows[0] if key not in ("task", "seed", "folds")]

@@ -137,8 +137,7 @@ def untrained(vocab: int, width: int, layers: int, seed: int) -> tuple[dict, mod
 def pretrain(net: model.Transformer, text, bpe: Tokenizer, epochs: int, tell, lr=3e-3, tokens=1024) -> None:
     """Next-token prediction on text(0), text(1), ... in place: Adam, warm-up over 50 steps, then linear to 0.
     Lines never see each other; a step takes lines until it has `tokens` tokens."""
-    params = list(net.params.values())
-    optimiser = torch.optim.Adam([p.requires_grad_() for p in params], lr=lr, betas=(0.9, 0.98), fused=True)
+    optimiser = torch.optim.Adam(net.requires_grad_().parameters(), lr=lr, betas=(0.9, 0.98), fused=True)
     step, steps, start = 0, None, time.time()
     for epoch in range(epochs):
         rows = [encoding.ids + [0] for encoding in bpe.encode_batch(text(epoch))]

@@ -1,6 +1,6 @@
 """Write tests/golden/*.safetensors: inputs and results of every part of the method, for ports of selw2s.
 
-    python tests/golden/make_golden.py [FOLDER]     3 seconds; ../port_numpy.py reads all without torch
+    python tests/make_golden.py [FOLDER]     3 seconds; port_numpy.py reads all without torch
 
 Inputs are stored, not seeds. What no line marks float64, int32 or uint8 is float32 and was computed in
 float32. metadata: versions, and in the family files "config", the config.json. Shapes as in model.py and
@@ -38,7 +38,7 @@ graph.safetensors                            graph.py; row 11 of x is a twin of 
     F.half, F.most       (97, 3) float64     alpha 0.5, 0.99
     F.clamped            (97, 3) float64     alpha 0.9, rows of clamp held
 
-method.safetensors                           selw2s.py and data/report.py
+method.safetensors                           selw2s.py and data/results/metrics.py
     probe.features       (60, 6)             column 4 is constant
     probe.hard, .soft    (60,)               the two kinds of target
     probe.fold           (60,) int32         rows held out together
@@ -76,11 +76,11 @@ import torch
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(HERE.parent))
 import graph  # noqa: E402
 import model as M  # noqa: E402
 import selw2s  # noqa: E402
-from data.results import report  # noqa: E402
+from data.results import metrics as measures  # noqa: E402
 
 CONFIGS = {
     "gpt2": dict(vocab_size=53, n_positions=32, n_embd=24, n_layer=2, n_head=3, layer_norm_epsilon=1e-3,
@@ -203,14 +203,14 @@ def metrics(rng):
     y = rng.randint(2, size=57)
     p = tensor(np.round(np.clip(0.5 + 0.15 * (2 * y - 1) + 0.3 * rng.randn(57), 0, 1) * 16) / 16)
     y, accuracies = tensor(y), (0.61, 0.68, 0.83)
-    numbers = {name: getattr(report, name)(p, y)
+    numbers = {name: getattr(measures, name)(p, y)
                for name in ("accuracy", "auroc", "brier", "cross_entropy", "ece")}
-    numbers |= {"accuracies": accuracies, "pgr": report.pgr(*accuracies)}
+    numbers |= {"accuracies": accuracies, "pgr": measures.pgr(*accuracies)}
     return {"metric.p": p, "metric.y": y} | {
         f"metric.{name}": torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
 
 
-def main(folder=HERE):
+def main(folder=HERE / "golden"):
     def save(name, file, **metadata):
         file = {key: x.detach().contiguous() for key, x in file.items()}
         save_file(file, Path(folder) / f"{name}.safetensors", metadata=versions | metadata)

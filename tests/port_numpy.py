@@ -2,7 +2,7 @@
 
     python tests/port_numpy.py [FOLDER]     a second; numpy and safetensors only: no torch, no network
 
-compares all of them with the golden files; golden/make_golden.py describes those, golden/compare.py reads
+compares all of them with the golden files; make_golden.py describes those, golden/compare.py reads
 them. For the eye, not for speed: one sequence at a time, no padding, all in float64.
 
 T tokens, B sequences, C width, H heads, K key/value heads, D head dimension, V vocabulary; N items, k

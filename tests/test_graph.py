@@ -392,7 +392,7 @@ def test_what_propagate_refuses(Y, alpha, words):
 
 
 def test_golden():
-    """The file a porter passes without torch (see golden/make_golden.py) is what this code gives."""
+    """The file a porter passes without torch (see make_golden.py) is what this code gives."""
     g = load_file(GOLDEN)
     for metric in ("cosine", "euclidean"):
         index, similarity = graph.knn(g["x"], g[f"{metric}.index"].shape[1], metric=metric)

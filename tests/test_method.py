@@ -90,8 +90,8 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
              (("weak", weak), ("naive", student), ("ceiling", ceiling))}
         names = np.array([f"q{i}/0" for i in range(n)])
         test = {"id": names, "group": names, "truth": truth, **p}
-        return {"test": test, "transfer": {"truth": truth}, "truth_used": {"ceiling": 7},
-                "n": {"labelled": 5}, "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
+        return {"test": test, "transfer": {"truth": truth, "weak": truth}, "truth_used": {"ceiling": 7},
+                "cross_fitted": 0.9, "n": {"labelled": 5, "transfer": n}, "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
     small = r.summarise([fake(0.70, 0.702, 0.703)], methods)
     assert small["pgr_defined"] is False and small["methods"]["naive"]["pgr"] is None
@@ -118,7 +118,9 @@ def test_seeds_are_joined_by_question():
     for order, shown in ((range(5), "0"), ((4, 2, 0, 3, 1), "2")):
         test = {"id": np.array([f"q{i}/{shown}" for i in order]), "group": np.array([f"g{i}" for i in order]),
                 "truth": y[list(order)], "p/weak": p[list(order)]}
-        runs.append({"test": test, "transfer": {}, "truth_used": {}, "n": {"labelled": 5},
+        half = {"weak": np.ones(4), "truth": np.ones(4)}
+        runs.append({"test": test, "transfer": half, "truth_used": {}, "n": {"labelled": 5, "transfer": 4},
+                     "cross_fitted": 0.9,
                      "weights": {"weak": ""}})
     one, two = r.summarise(runs[:1], ("weak",)), r.summarise(runs, ("weak",))
     assert one["methods"]["weak"]["ci95"] == two["methods"]["weak"]["ci95"]     # the second seed adds nothing
@@ -265,7 +267,7 @@ def part(n, seed=0, fold=True):
 def prepared(n=50, m=40):
     labelled = part(n)
     by_fold = torch.rand(5, m, generator=torch.Generator().manual_seed(7))
-    return s.Prepared(labelled, labelled, part(m, 1, fold=False), part(m, 2, fold=False), "w", by_fold)
+    return s.Prepared(0, labelled, labelled, part(m, 1, fold=False), part(m, 2, fold=False), "w", by_fold)
 
 
 def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():

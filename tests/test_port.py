@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import port_numpy
-from golden import compare, make_golden
+import make_golden
+from golden import compare
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN = {path.stem: path for path in sorted((TESTS / "golden").glob("*.safetensors"))}

@@ -242,19 +242,18 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
         3 if "--shots" in flags else 0)
 
 
-def prepared(tiny, out, *flags, told=None):
-    """Config, models, stages and steps 1 to 3 of seed 0."""
+def set_up(tiny, out, *flags, told=None):
+    """Everything a run shares; told: a list that gets its lines."""
     config = selw2s.parse([*tiny, "--out", str(out), *flags])
     models = [selw2s.pretrained(source, False, config) for source in (config.weak, config.strong)]
     stages = Stages(Path(out) / "cache", (told if told is not None else []).append)
-    task = selw2s.load_task(config.task)
-    return config, models, stages, selw2s.prepare(config, task, *models, 0, stages)
+    return selw2s.Setup(config, selw2s.load_task(config.task), *models, stages)
 
 
 def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
     """Its answer stood in the prompt: it is kept from P(IK), the choice of smoothing and the trust probe."""
     told = []
-    _, _, _, p = prepared(tiny, tmp_path, "--shots", "4", told=told)
+    p = selw2s.prepare(set_up(tiny, tmp_path, "--shots", "4", told=told), 0)
     prompt = next(line for line in told if line.startswith("3 prompt"))
     shown = [q for q in p.labelled.questions if selw2s.prompt(q)[:30] in prompt]
     left = {q.group for q in p.learn.questions}
@@ -272,7 +271,7 @@ def test_a_judged_yes_no_item_shows_the_candidate_yes(tiny, tmp_path):
               "split": "train" if i < 60 else "test"} for i in range(90)]
     file, told = tmp_path / "yesno.jsonl", []
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _, _, _, p = prepared(["--task", str(file), *tiny[2:]], tmp_path, "--own", "judge", told=told)
+    p = selw2s.prepare(set_up(["--task", str(file), *tiny[2:]], tmp_path, "--own", "judge", told=told), 0)
     shot = next(line for line in told if line.startswith("3 prompt"))
     assert "red\\nAnswer: yes\\nRespond with 1" in shot and "[' 0', ' 1']" in shot
     for some in (p.labelled, p.transfer, p.test):
@@ -285,7 +284,7 @@ def test_a_yes_no_item_is_the_question_and_its_states_are_the_prompts(tiny, tmp_
               "split": "train" if i < 60 else "test"} for i in range(90)]
     file = tmp_path / "yesno.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _, _, _, p = prepared(["--task", str(file), *tiny[2:]], tmp_path)
+    p = selw2s.prepare(set_up(["--task", str(file), *tiny[2:]], tmp_path), 0)
     for some in (p.labelled, p.transfer, p.test):
         assert torch.equal(some.prompt_state, some.item_state)
         assert torch.equal(some.zero_shot, some.belief[:, 1].float())       # options are no, yes
@@ -305,12 +304,13 @@ def test_too_little_of_d_l_is_said_before_anything_is_trained(tiny, tmp_path, mo
 def test_cross_fitted_supervisors_never_saw_the_fold_they_label(tiny, tmp_path, monkeypatch):
     seen, real = {}, selw2s.finetuned
 
-    def spy(name, start, inputs, targets, ask, *rest):
+    def spy(name, setup, start, inputs, targets, ask, *rest):
         seen[name] = [tuple(x) for x in inputs], [tuple(x) for x in ask[0]]
-        return real(name, start, inputs, targets, ask, *rest)
+        return real(name, setup, start, inputs, targets, ask, *rest)
     monkeypatch.setattr(selw2s, "finetuned", spy)
-    config, models, _, p = prepared(tiny, tmp_path, "--folds", "4")
-    ids = [tuple(x) for x in models[0].tokenizer.encode([item.text for item in p.labelled.items])]
+    setup = set_up(tiny, tmp_path, "--folds", "4")
+    p = selw2s.prepare(setup, 0)
+    ids = [tuple(x) for x in setup.weak.tokenizer.encode([item.text for item in p.labelled.items])]
     groups = [q.group for q in p.labelled.questions]
     for f in range(4):
         learn, ask = seen[f"cross-{f}"]
@@ -323,7 +323,7 @@ def test_cross_fitted_supervisors_never_saw_the_fold_they_label(tiny, tmp_path, 
 def test_zero_shot_is_the_untouched_models_belief_in_the_candidate_shown(full, tiny):
     result, out = full
     data, task = arrays(result, out), selw2s.load_task(tiny[1])
-    _, _, _, p = prepared(tiny, out)
+    p = selw2s.prepare(set_up(tiny, out), 0)
     for some, name in ((p.transfer, "transfer"), (p.test, "test")):
         options = torch.tensor([int(item.id.rsplit("/", 1)[1]) for item in some.items])
         np.testing.assert_array_equal(data[f"seed0/{name}/p/zero-shot"],
@@ -376,9 +376,9 @@ def test_sweep_smooths_on_the_middle_layer_alone_where_it_says_so(tiny, tmp_path
     from data.results import analyses
     seen, real = {}, analyses.student_metrics
 
-    def spy(config, prep, *args):
-        seen.setdefault((args[-1], config.alpha), []).append(prep.transfer.item_state)
-        return real(config, prep, *args)
+    def spy(setup, prep, *args):
+        seen.setdefault((args[-1], setup.config.alpha), []).append(prep.transfer.item_state)
+        return real(setup, prep, *args)
     monkeypatch.setattr(analyses, "student_metrics", spy)
     go(tiny, tmp_path, "--methods", "naive", "--analysis", "sweep")
     every, middle = seen["graph-only", 0.9]
@@ -391,13 +391,13 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
     score [D1]; probe and graph are offered the middle, the three-quarters and the final state [D14]."""
     from data import Item, Question
     from model import hidden_at
-    config = selw2s.parse([*tiny, "--own", "pmi", "--out", str(tmp_path)])
-    strong = selw2s.pretrained(tiny[5], False, config)
+    setup = set_up(tiny, tmp_path, "--own", "pmi")
+    strong = setup.strong
     questions = [Question("a", "a", "", "Who is there?", ("one", "two"), 1),
                  Question("b", "b", "", "is it red", ("no", "yes"), 0)]
     some = [Item("a/0", "a", "", 0, 0), Item("b/1", "b", "", 1, 0)]
     nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
-    got = selw2s.elicit(config, "test", strong, some, questions, nothing, Stages(tmp_path, print))
+    got = selw2s.elicit(setup, "test", some, questions, nothing)
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])
@@ -507,9 +507,9 @@ def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path,
     """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""
     real = selw2s.elicit
 
-    def certain(config, name, strong, part, questions, *rest):
-        said = real(config, name, strong, part, questions, *rest)
-        gold = selw2s.right_option(config, part, questions)
+    def certain(setup, name, part, questions, *rest):
+        said = real(setup, name, part, questions, *rest)
+        gold = selw2s.right_option(setup.config, part, questions)
         return said._replace(belief=torch.nn.functional.one_hot(gold, said.belief.shape[1]).float())
     monkeypatch.setattr(selw2s, "elicit", certain)
     result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "difficulty", "--difficulty", "strong")

@@ -150,8 +150,8 @@ def test_strong_model_knows_more_than_chance_and_not_the_tail():
 
 
 def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, capsys, text):
-    monkeypatch.setattr(world, "world_text", lambda edition: text[:400])
-    monkeypatch.setattr(world, "SHAPES", {"world": {
+    monkeypatch.setattr(make_demo, "world_text", lambda edition: text[:400])
+    monkeypatch.setattr(make_demo, "SHAPES", {"world": {
         name: dict(width=32, layers=1, epochs=4) for name in ("weak", "strong")}})
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for folder in "ab":

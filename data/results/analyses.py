@@ -6,58 +6,63 @@ nothing from here before a run needs it.
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import torch
 
 from data import DEMO, OFFICIAL, load_task
 from data.results.metrics import accuracy, auroc, ece, mean_of
 
 
-def student_metrics(config, prep, known, strong, seed: int, stages, method: str = "selective") -> dict:
+def student_metrics(setup, prep, known, method: str = "selective") -> dict:
     """Metrics of one student on prep's data with the given P(IK), and of what went into it."""
     import selw2s
-    s, p = selw2s.select(config, prep, known.learn, known.transfer), known.transfer
-    out = selw2s.student(method, replace(config, keep=""), prep, s, known, strong, seed, stages)
-    right, truth = selw2s.own_right(config, prep.transfer), selw2s.hidden_truth(prep.transfer)
-    return {"seed": seed, "auroc": auroc(p, right), "ece": ece(p, right), "tau": float(s.tau.double().mean()),
-            "coverage": float(s.is_self.double().mean()), "label_accuracy": accuracy(out.labels, truth),
+    s, p = selw2s.select(setup.config, prep, known.learn, known.transfer), known.transfer
+    out = selw2s.student(method, kept_nowhere(setup), prep, known, s)
+    right, truth = selw2s.own_right(setup.config, prep.transfer), selw2s.hidden_truth(prep.transfer)
+    return {"seed": prep.seed, "auroc": auroc(p, right), "ece": ece(p, right),
+            "tau": float(s.tau.double().mean()), "coverage": float(s.is_self.double().mean()),
+            "label_accuracy": accuracy(out.labels, truth),
             "homophily": selw2s.homophily(prep.transfer, s.chosen_alone),
             "accuracy": accuracy(out.test, selw2s.hidden_truth(prep.test))}
 
 
-def cross_task(config, tasks: dict, weak, strong, stages) -> dict:
+def kept_nowhere(setup):
+    """The setup with no student saved: --keep is of the run's own methods."""
+    return setup._replace(config=replace(setup.config, keep=""))
+
+
+def cross_task(setup, tasks: dict) -> dict:
     """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}."""
     import selw2s
-    out = {}
+    config, out = setup.config, {}
     for seed in config.seeds:
         prepared, known = {}, {}
         for name, task in tasks.items():
-            mine = config if name == config.task else replace(config, keep="")
-            prepared[name] = selw2s.prepare(mine, task, weak, strong, seed, stages)
+            mine = setup if name == config.task else kept_nowhere(setup)
+            prepared[name] = selw2s.prepare(mine._replace(task=task), seed)
             known[name] = selw2s.know(config, prepared[name], config.route)
         for a, b in product(tasks, tasks):
             used = known[b]
             if a != b:      # D_l of b took no part in this probe: nothing is held out
                 used = known[a]._replace(learn=known[a].predict(prepared[b].learn),
                                          transfer=known[a].predict(prepared[b].transfer), test=None)
-            metrics = student_metrics(config, prepared[b], used, strong, seed, stages)
+            metrics = student_metrics(setup, prepared[b], used)
             out.setdefault(f"{a} -> {b}", []).append(metrics)
     return out
 
 
-def difficulty(config, tasks: dict, weak, strong, stages) -> dict:
+def difficulty(setup, tasks: dict) -> dict:
     """P(IK) trained on the easy or hard half of D_l, measured on both halves of D_u (paper, abstract).
 
     Difficulty: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
     import selw2s
-    out = {}
+    config, out = setup.config, {}
     for seed in config.seeds:
-        prep = selw2s.prepare(config, tasks[config.task], weak, strong, seed, stages)
+        prep = selw2s.prepare(setup, seed)
         easy = [easier_half(config, part) for part in (prep.learn, prep.transfer)]
         right = selw2s.own_right(config, prep.transfer)
         for name, rows in (("all", None), ("easy", easy[0]), ("hard", ~easy[0])):
             known = known_from(config, prep, rows)
-            metrics = student_metrics(config, prep, known, strong, seed, stages)
+            metrics = student_metrics(setup, prep, known)
             for half, at in (("easy", easy[1]), ("hard", ~easy[1])):
                 metrics[f"auroc_on_{half}"] = auroc(known.transfer[at], right[at])
                 metrics[f"ece_on_{half}"] = ece(known.transfer[at], right[at])
@@ -87,15 +92,15 @@ def easier_half(config, part):
     return p_gold.argsort(stable=True).argsort() >= (len(p_gold) + 1) // 2
 
 
-def sweep(config, tasks: dict, weak, strong, stages) -> dict:
+def sweep(setup, tasks: dict) -> dict:
     """Labels and student as tau, alpha, k vary one at a time; measured on D_u and test: choose nothing by it.
 
     The graph's layer is chosen on D_l, so a fixed alpha is not a blind one; alpha is varied once more with
     the graph of the middle layer's states alone."""
     import selw2s
-    out, alphas = {}, (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
+    config, out, alphas = setup.config, {}, (0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
     for seed in config.seeds:
-        prep = selw2s.prepare(config, tasks[config.task], weak, strong, seed, stages)
+        prep = selw2s.prepare(setup, seed)
         known = selw2s.know(config, prep, config.route)
         middle = prep._replace(**{name: part._replace(item_state=part.item_state[:, :1])
                                   for name, part in (("learn", prep.learn), ("transfer", prep.transfer))})
@@ -105,8 +110,8 @@ def sweep(config, tasks: dict, weak, strong, stages) -> dict:
                 ("graph-only, middle layer", "alpha", (*alphas, "auto"), middle)):
             fixed = {"k": {"alpha": 0.7}, "alpha": {"k": 10}}.get(flag, {})
             for value in values:
-                varied = replace(config, **fixed, **{flag: value})
-                metrics = student_metrics(varied, where, known, strong, seed, stages, name.split(",")[0])
+                varied = setup._replace(config=replace(config, **fixed, **{flag: value}))
+                metrics = student_metrics(varied, where, known, name.split(",")[0])
                 title = value if value == "auto" else f"{value:g}"
                 out.setdefault(f"{flag} {title} ({name})", []).append(metrics)
     return out
@@ -117,22 +122,23 @@ def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
     columns = [c for c in next(iter(rows.values()))[0] if c != "seed"]
     lines = [f"{name:40}" + "".join(f"{c:>16}" for c in columns)]
     for title, metrics in rows.items():
-        means = [mean_of(metrics, c) for c in columns]
-        lines.append(f"{title:40}" + "".join(f"{'-' if np.isnan(m) else format(m, '.3f'):>16}" for m in means))
+        cells = [format(mean_of(metrics, c), ".3f").replace("nan", "-") for c in columns]
+        lines.append(f"{title:40}" + "".join(f"{c:>16}" for c in cells))
     return "\n".join(lines)
 
 
 ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep}
 
 
-def analyse(config, task, weak, strong, stages) -> dict:
+def analyse(setup) -> dict:
     """One analysis over all seeds: a printed table of means, the values per seed as the result."""
     import selw2s
-    tasks = {config.task: task}
+    config, tasks = setup.config, {setup.config.task: setup.task}
     if config.analysis == "cross-task":
+        tasks = {}
         for name in DEMO[1:] if config.task in DEMO else OFFICIAL:
             loaded = load_task(name, data_dir=config.data_dir or None)
-            tasks[name], _ = selw2s.fitted(loaded, (weak, strong), config, stages.tell)
-    out = ANALYSES[config.analysis](config, tasks, weak, strong, stages)
+            tasks[name], _ = selw2s.fitted(loaded, (setup.weak, setup.strong), config, setup.stages.tell)
+    out = ANALYSES[config.analysis](setup, tasks)
     print(f"\n{analysis_table(config.analysis, out)}")
     return out

@@ -1,7 +1,6 @@
 """What a run says: diagnostics of each seed, the summary over seeds, the table.
 
-All of it follows from the arrays of items.npz, without a model; names of arrays as in selw2s.record. Here, and
-only here and in metrics, hidden truth is read.
+All of it follows from the arrays of items.npz, without a model; they are named as in selw2s.record.
 """
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ def diagnose(run: dict, methods) -> dict:
         labels[key] = {}
         for part, at in where.items():
             labels[key][part] = accuracy(u[key][at], u["truth"][at]) if at.any() else None
-    return {"coverage": float(routed.double().mean()), "homophily": run["homophily"], "label_accuracy": labels,
-            "p_ik": {part: diagnose_p_ik(arrays["p_ik"], arrays) for part, arrays in (("transfer", u), ("test", t))},
+    return {"coverage": float(routed.double().mean()), "homophily": run["homophily"],
+            "label_accuracy": labels,
+            "p_ik": {"transfer": diagnose_p_ik(u["p_ik"], u), "test": diagnose_p_ik(t["p_ik"], t)},
             "routers": diagnose_routers(u, t),
             "methods": {name: diagnose_student(name, t) for name in methods},
             "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
@@ -42,7 +42,7 @@ def diagnose_routers(transfer: dict[str, Tensor], test: dict[str, Tensor]) -> di
 
 
 def diagnose_p_ik(p: Tensor, part: dict[str, Tensor]) -> dict:
-    """How well P(IK) (n,), and the own answer's probability in its place, tell right own answers from wrong."""
+    """How well P(IK) (n,), and the own answer's probability in its place, tell right answers from wrong."""
     own_p, right = part["own_p"], part["own_right"]
     order = p.argsort(descending=True, stable=True)
     risk = 1 - right[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
@@ -95,22 +95,21 @@ def mean_label_accuracy(runs: list[dict], method: str) -> float | None:
 
 
 def supervisor_views(runs: list[dict]) -> dict:
-    """The weak supervisor as D_l's cross-fitted labels show it and as it is on D_u: mean accuracies over seeds,
-    and the difference in standard errors of its mean over items and seeds."""
-    seen, real = [r["cross_fitted"] for r in runs], []
-    variance = 0.0
+    """The weak supervisor as D_l's cross-fitted labels show it and as it is on D_u: mean accuracies over
+    seeds, and their difference in standard errors."""
+    seen, real, variance = 0.0, 0.0, 0.0
     for r in runs:
-        real.append(accuracy(*(torch.as_tensor(r["transfer"][key]) for key in ("weak", "truth"))))
-        variance += seen[len(real) - 1] * (1 - seen[len(real) - 1]) / r["n"]["labelled"]
-        variance += real[-1] * (1 - real[-1]) / r["n"]["transfer"]
-    seen, real = float(np.mean(seen)), float(np.mean(real))
-    se = variance ** 0.5 / len(runs)
-    return {"cross_fitted": seen, "actual": real, "standard_errors": (seen - real) / se if se else 0.0}
+        on_u = accuracy(*(torch.as_tensor(r["transfer"][key]) for key in ("weak", "truth")))
+        seen, real = seen + r["cross_fitted"] / len(runs), real + on_u / len(runs)
+        for share, n in ((r["cross_fitted"], r["n"]["labelled"]), (on_u, r["n"]["transfer"])):
+            variance += share * (1 - share) / n / len(runs) ** 2
+    return {"cross_fitted": seen, "actual": real,
+            "standard_errors": (seen - real) / max(variance ** 0.5, 1e-9)}
 
 
 def summarise(runs: list[dict], methods) -> dict:
-    """Accuracy, PGR, differences to naive and to the untouched strong model per method; 95 % intervals: paired
-    bootstrap, items and seeds."""
+    """Accuracy, PGR, differences to naive and to the untouched strong model per method; 95 % intervals:
+    paired bootstrap, items and seeds."""
     right, group = right_by_method(runs, methods)
     draws = dict(zip(methods, bootstrap(right, group).T))       # (draws,) per method
     mean, per_seed = dict(zip(methods, right.mean((1, 2)))), dict(zip(methods, right.mean(2)))
@@ -135,8 +134,9 @@ def summarise(runs: list[dict], methods) -> dict:
                     "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
         out[m] = row
     prior = float(np.mean([r["test"]["truth"].mean() for r in runs]))
-    return {"methods": out, "supervisor": supervisor_views(runs), "class_prior": prior, "majority": max(prior, 1 - prior),
-            "test_items": right.shape[2], "test_groups": len(set(group.tolist())), "seeds": len(runs),
+    return {"methods": out, "supervisor": supervisor_views(runs), "class_prior": prior,
+            "majority": max(prior, 1 - prior), "test_items": right.shape[2],
+            "test_groups": len(set(group.tolist())), "seeds": len(runs),
             "pgr_defined": None if gap is None else defined,
             "gap": None if gap is None else {"mean": float(size), "se": float(gap.std())}}
 
@@ -153,16 +153,16 @@ def span(ci: list[float] | None) -> str:
 
 def table(metrics: dict) -> str:
     """The final table, one row per method."""
-    lines = [f"{'method':16}{'accuracy':>9}  {'95 % interval':16} {'PGR':>6}  {'95 % interval':17}{'- naive':>8}  "
-             f"{'95 % interval':17}{'- zero-shot':>12}{'labels right':>13}{'truth used':>11}"]
+    lines = [f"{'method':15}{'accuracy':>8}  {'95 % interval':15}{'PGR':>5}  {'95 % interval':16}"
+             f"{'- naive':>7}  {'95 % interval':16}{'- zero-shot':>11}{'labels':>7}{'truth':>6}"]
     none = {"mean": None, "ci95": None}
     for name, r in metrics["methods"].items():
         naive, untouched = r.get("minus_naive", none), r.get("minus_zero-shot", none)
         title = name if r["attainable"] else name + " *"
-        lines.append(f"{title:16}{r['accuracy']:9.3f}  {span(r['ci95']):16} {shown(r['pgr'], '.2f'):>6}  "
-                     f"{span(r['pgr_ci95']):17}{shown(naive['mean'], '+.3f'):>8}  {span(naive['ci95']):17}"
-                     f"{shown(untouched['mean'], '+.3f'):>12}{shown(r['label_accuracy'], '.3f'):>13}"
-                     f"{r['ground_truth_labels']:>11,}")
+        lines.append(f"{title:15}{r['accuracy']:8.3f}  {span(r['ci95']):15}{shown(r['pgr'], '.2f'):>5}  "
+                     f"{span(r['pgr_ci95']):16}{shown(naive['mean'], '+.3f'):>7}  {span(naive['ci95']):16}"
+                     f"{shown(untouched['mean'], '+.3f'):>11}{shown(r['label_accuracy'], '.3f'):>7}"
+                     f"{r['ground_truth_labels']:>6}")
     return "\n".join([*lines, *remarks(metrics)])
 
 
@@ -170,16 +170,18 @@ def remarks(metrics: dict) -> list[str]:
     """What has to be known to read the table."""
     n, groups = metrics["test_items"], metrics["test_groups"]
     lines = [f"test: {n:,} items, majority class {metrics['majority']:.3f}; intervals: paired bootstrap over "
-             f"{groups:,} groups of items"]
+             f"{groups:,} groups of items",
+             "labels: share of its training labels that are right; truth: ground-truth labels it used"]
     if metrics["seeds"] > 1:
         lines[0] += " and over seeds"
     if "oracle" in metrics["methods"]:
         lines[0] += "; * knows the hidden truth: not attainable"
     view = metrics["supervisor"]
-    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, cross-fitted; {view['actual']:.3f} on D_u")
+    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, cross-fitted; "
+                 f"{view['actual']:.3f} on D_u")
     if abs(view["standard_errors"]) > 3:
-        lines.append(f"WARNING: these differ by {abs(view['standard_errors']):.1f} standard errors: what was chosen on "
-                     "D_l was chosen for another supervisor; use more --folds")
+        lines.append(f"WARNING: these differ by {abs(view['standard_errors']):.1f} standard errors: what was "
+                     "chosen on D_l was chosen for another supervisor; use more --folds")
     if metrics["pgr_defined"] is False:
         gap = metrics["gap"]
         lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, "

@@ -25,8 +25,9 @@ def sources() -> dict[str, str]:
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def result_of(config, task, counts: dict, models: dict, stages, runs: list[dict], analysis, seconds: float) -> dict:
-    """What result.json holds. models: weak and strong; runs: one per seed (selw2s.record)."""
+def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -> dict:
+    """What result.json holds; setup: selw2s.Setup; runs: one per seed (selw2s.record)."""
+    config, task, stages = setup.config, setup.task, setup.stages
     gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
     return {
         "schema": 2, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": asdict(config),
@@ -34,7 +35,7 @@ def result_of(config, task, counts: dict, models: dict, stages, runs: list[dict]
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},
         "models": {name: {"sha256": model.sha256, "revision": model.network.revision, "lr": model.lr}
-                   for name, model in models.items()},
+                   for name, model in (("weak", setup.weak), ("strong", setup.strong))},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                 "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
         "stages": stages.log, "seconds": round(seconds, 2), **measured(runs, config.methods),
@@ -82,15 +83,16 @@ def read_run(path: str) -> tuple[dict, list[dict]]:
             del run["diagnostics"]
         return result, runs
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a result.json of this program with its items.npz beside it ({error})") from None
+        raise DataError(f"{path}: not a result.json of this program with its items.npz beside it "
+                        f"({error})") from None
 
 
 FREE = ("out", "data_dir", "rerun", "merge", "seeds", "keep")        # what merged runs may differ in
 
 
 def merged(paths) -> tuple[dict, list[dict]]:
-    """One result of several runs that differ in their seeds alone, and the seeds' arrays; DataError naming what
-    else differs."""
+    """One result of several runs that differ in their seeds alone, and the seeds' arrays; DataError naming
+    what else differs."""
     first, runs = read_run(paths[0])
     stages, commands, seconds = list(first["stages"]), [first["command"]], first["seconds"]
     for path in paths[1:]:
@@ -107,8 +109,8 @@ def merged(paths) -> tuple[dict, list[dict]]:
         seconds += other["seconds"]
     runs.sort(key=lambda run: run["seed"])
     config = first["config"] | {"seeds": [run["seed"] for run in runs]}
-    return first | {"command": "; ".join(commands), "config": config, "stages": stages, "seconds": round(seconds, 2),
-                    **measured(runs, config["methods"])}, runs
+    both = measured(runs, config["methods"]) | {"seconds": round(seconds, 2)}
+    return first | {"command": "; ".join(commands), "config": config, "stages": stages, **both}, runs
 
 
 def replace_file(path: Path, content: bytes) -> None:
