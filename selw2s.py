@@ -45,8 +45,9 @@ from data.figures import figures
 from data.report import accuracy, auroc, brier, cross_entropy, ece, pgr  # noqa: F401
 from data.report import rerun, table, write
 from data.stages import Stages, counter, digest
+from data.tokens import encode_options
 from graph import affinity, knn, normalise, propagate
-from model import Classifier, LoadError, TrainError, encode_options, finetune, load, out_of_memory, read
+from model import Classifier, LoadError, TrainError, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
 
