@@ -1,12 +1,13 @@
 """The networks of the method: checkpoints, hidden states, option log-likelihoods, finetuning.
 
 Selective weak-to-strong generalization (Lang, Huang, Li, arXiv 2511.14166) asks three things of a language
-model: a classifier finetuned on soft labels (weak supervisor, student, ceiling), hidden states (P(IK), graph)
+model: a student finetuned on soft labels (weak supervisor, student, ceiling), hidden states (P(IK), graph)
 and the log-likelihood of each option (self-generated labels). All three run through one function,
 Transformer.packed.
 
     symbol     here                  shape      source
-    P(y = 1)   Classifier.predict    (N,)       soft label, Burns et al. 2023 (arXiv 2312.09390), app. A [D8]
+    P(y = 1)   Student.predict       (N,)       soft label, Burns et al. 2023 (arXiv 2312.09390), app. A, of a
+                                                Classifier [D8] or an Answerer [D17]
     log p(a|q) Reading.loglik        (Q, O)     option scores, Kadavath et al. 2022 (arXiv 2207.05221) [D1]
     h(q)       Reading.prompt_state  (Q, n, C)  state at the end of the question: what P(IK) looks at
     h(q, a)    Reading.item_state    (Q, n, C)  state at the end of the item: a node of the graph
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data.families import FAMILIES, INERT_KEYS, KEYS, LOGICAL, MOST_LAYERS, NULLABLE, WHOLE
-from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, encode_options, read_json  # noqa: F401
+from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
 
 
 class TrainError(ValueError):
@@ -414,19 +415,20 @@ def turned(row: dict, source: str, x: Tensor) -> bool:
     return row.get("transposed", False) and source.startswith("h.") and x.ndim == 2
 
 
-def export(c: Config, params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """read_params backwards: the family's own names and layout, on the CPU; a head of the language model's
-    own is read but left out: a classifier has another."""
+def export(c: Config, params: dict[str, Tensor], head: bool = False) -> dict[str, Tensor]:
+    """read_params backwards: the family's own names and layout, on the CPU; with the language model's head
+    only if asked, where it has one of its own: a classifier has another."""
     row, out = FAMILIES[c.family], {}
     for source, names, _ in tensors(c):
-        if names == ["head.weight"]:
+        whose = "" if names == ["head.weight"] else row["prefix"]
+        if not whose and not head:
             continue
-        x = torch.cat([params[name] for name in names])
+        x = torch.cat([params[name].detach() for name in names])
         if row.get("per_head") and len(names) == 3:
             x = x.view(3, c.heads, c.head_dim, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
         if row.get("plus_one") and is_norm(names[0]):
             x = x - 1
-        out[row["prefix"] + source] = (x.t() if turned(row, source, x) else x).contiguous().cpu()
+        out[whose + source] = (x.t() if turned(row, source, x) else x).contiguous().cpu()
     return out
 
 
@@ -738,15 +740,22 @@ class Transformer(nn.Module):
         return x.new_zeros(B, T, x.shape[-1]).masked_scatter(real[..., None], x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) after the final norm -> (..., V)"""
-        head = self.embed.weight if self.head.weight is None else self.head.weight
-        y = F.linear(hidden, head.to(hidden.dtype))
+        """(..., C) after the final norm -> (..., V) float32. The product is taken in float32 whatever the
+        dtype: rounded to bfloat16, logits of size 20 lie 1/8 apart, and options tie."""
+        x, head = hidden.float(), self.embed.weight if self.head.weight is None else self.head.weight
+        if head.dtype == torch.float32:
+            y = F.linear(x, head)
+        else:  # converted a block at a time, and again in the backward pass: never a whole head in float32
+            y = torch.cat([recompute(lambda x, rows: F.linear(x, rows.float()), x, rows, use_reentrant=False)
+                           for rows in head.split(HEAD_ROWS)], -1)
         cap = self.config.logit_cap
         return y if cap is None else cap * torch.tanh(y / cap)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
+HEAD_ROWS = 8192  # of the vocabulary: converted to float32 at a time
+CELLS = 2 ** 25  # logits that exist at a time
 BATCH_TOKENS = 2048  # enough for a few CPU cores, few enough for their cache; a GPU wants more
 
 
@@ -790,11 +799,22 @@ def pack(sequences: Sequence[list[int]], device) -> tuple[Tensor, list[int]]:
     return torch.tensor(list(itertools.chain(*sequences)), device=device), [len(s) for s in sequences]
 
 
+def finite(model: Transformer, x: Tensor) -> Tensor:
+    """x, hidden states or what follows from them. TrainError unless all are finite."""
+    if not x.isfinite().all():
+        remedy = {"float16": "use --dtype bfloat16 or float32", "bfloat16": "use --dtype float32",
+                  "float32": "the checkpoint is damaged or overflows"}
+        name = str(model.dtype).removeprefix("torch.")
+        raise TrainError(f"hidden states are not finite in {name}: {remedy[name]}")
+    return x
+
+
 @torch.no_grad()
 def hidden_at(model: Transformer, sequences: list[list[int]], position="last", layer: int | None = None,
               batch_tokens: int = BATCH_TOKENS) -> Tensor:
     """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C) in the
-    model's dtype and on its device, input order. layer: as in Transformer.packed."""
+    model's dtype and on its device, input order. layer: as in Transformer.packed. TrainError for states that
+    are not finite, or no memory."""
     at = [len(s) - 1 for s in sequences] if position == "last" else list(position)
     out = torch.empty(len(sequences), model.config.width, dtype=model.dtype, device=model.device)
 
@@ -802,7 +822,7 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
         tokens, lengths = pack([sequences[i] for i in indices], model.device)
         starts = itertools.accumulate([0] + lengths[:-1])
         keep = torch.tensor([start + at[i] for start, i in zip(starts, indices)], device=model.device)
-        out[indices] = model.packed(tokens, lengths, (layer,), keep=keep)[0]
+        out[indices] = finite(model, model.packed(tokens, lengths, (layer,), keep=keep)[0])
 
     in_batches([len(s) for s in sequences], batch_tokens, work)
     return out
@@ -820,7 +840,8 @@ class Reading(NamedTuple):
 def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]], pick: list[int], *,
          layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS) -> Reading:
     """One forward pass over every question with its options as branches of its prompt: prompt + sum(options)
-    tokens instead of a whole sequence per option. No prompt and no option is empty. [D1]"""
+    tokens instead of a whole sequence per option. No prompt and no option is empty. [D1] TrainError for
+    states that are not finite, or no memory."""
     Q, O, n, C = len(prompts), max(map(len, options), default=0), len(layers), model.config.width
     out = Reading(torch.full((Q, O), -torch.inf, dtype=torch.float64), torch.zeros(Q, O, dtype=torch.int64),
                   torch.empty(Q, n, C, dtype=model.dtype), torch.empty(Q, n, C, dtype=model.dtype))
@@ -828,16 +849,16 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
     def work(indices):
         b = branch([prompts[q] for q in indices], [options[q] for q in indices], model.device)
         final, *states = model.packed(b.tokens, b.lengths, (None, *layers), b.tree)
-        scores = log_likelihood(model, final, b.before, b.tokens[b.target]).double().cpu()
-        parts = iter(scores.split([len(option) for q in indices for option in options[q]]))
-        for q in indices:
-            for o, option in enumerate(options[q]):
-                out.loglik[q, o], out.option_tokens[q, o] = next(parts).sum(), len(option)
+        loglik = option_loglik(model, finite(model, final), b)
+        out.loglik[indices, :loglik.shape[1]] = loglik.cpu()
         prompt_end = [ends[0] for ends in b.ends]
         item_end = [ends[pick[q] + 1] for q, ends in zip(indices, b.ends)]
         for j, x in enumerate(states):
-            out.prompt_state[indices, j], out.item_state[indices, j] = x[prompt_end].cpu(), x[item_end].cpu()
+            out.prompt_state[indices, j] = finite(model, x[prompt_end]).cpu()
+            out.item_state[indices, j] = finite(model, x[item_end]).cpu()
 
+    for q, choices in enumerate(options):
+        out.option_tokens[q, :len(choices)] = torch.tensor([len(option) for option in choices])
     in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work)
     return out
 
@@ -869,19 +890,35 @@ def branch(prompts: list[list[int]], options: list[list[list[int]]], device) -> 
     return Branches(tokens, lengths, torch.tensor(tree, device=device), ends, before, target)
 
 
+def option_loglik(model: Transformer, x: Tensor, b: Branches) -> Tensor:
+    """(Q, O) float64 from final states x (P, C): the sum of log p(token | before) over each option's tokens;
+    -inf: no such option. [D1]"""
+    scores = log_likelihood(model, x, b.before, b.tokens[b.target]).double()
+    sizes = [end - start for ends in b.ends for start, end in zip(ends, ends[1:])]
+    sums = torch.stack([part.sum() for part in scores.split(sizes)])
+    parts = sums.split([len(ends) - 1 for ends in b.ends])
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-torch.inf)
+
+
 def log_likelihood(model: Transformer, x: Tensor, before: list[int], target: Tensor,
-                   cells: int = 2 ** 25) -> Tensor:
+                   cells: int | None = None) -> Tensor:
     """log p(target[n] | everything up to token before[n]) in float32, (n,), from final states x (P, C). At
-    most `cells` logits exist at a time, and each state gets its own once: the end of a prompt serves all
-    options."""
+    most `cells` logits (CELLS) exist at a time, also in the backward pass, which computes them again; and
+    each state gets its own once: the end of a prompt serves all options."""
     where, back = torch.unique(torch.tensor(before, device=x.device), return_inverse=True)
-    out, step = torch.empty(len(before), device=x.device), max(1, cells // model.config.vocab)
+    step, pieces, places = max(1, (cells or CELLS) // model.config.vocab), [], []
     for a in range(0, len(where), step):
-        logits = model.logits(x[where[a:a + step]]).float()  # (step, V)
-        mine = (back >= a) & (back < a + step)
-        row = back[mine] - a
-        out[mine] = logits[row, target[mine]] - logits.logsumexp(-1)[row]
-    return out
+        mine = ((back >= a) & (back < a + step)).nonzero()[:, 0]
+        pieces.append(recompute(token_loglik, model, x[where[a:a + step]], back[mine] - a, target[mine],
+                                use_reentrant=False))
+        places.append(mine)
+    return torch.cat(pieces)[torch.cat(places).argsort()]
+
+
+def token_loglik(model: Transformer, x: Tensor, state: Tensor, token: Tensor) -> Tensor:
+    """log p(token[n]) by the logits of x[state[n]], (n,) float32; x (U, C)"""
+    logits = model.logits(x)  # (U, V)
+    return logits[state, token] - logits.logsumexp(-1)[state]
 
 
 # ---- finetuning --------------------------------------------------------------------------------------------
@@ -889,36 +926,94 @@ def log_likelihood(model: Transformer, x: Tensor, before: list[int], target: Ten
 TRAIN_TOKENS = 8192  # of a micro-batch
 
 
-class Classifier:
-    """A model, the tensors finetuning put in place of its own or beside them (LoRA, scaled), and the head
-    classifier.weight (2, C) on the final state of the last token [D8]. Classifier(model, c.state()) is c
-    again, bit for bit."""
+class Choice(NamedTuple):
+    """An item for the student that answers, in token ids as encode_options gives them."""
+    prompt: list[int]
+    options: list[list[int]]  # two or more, none empty
+    shown: int                # the one whose probability is asked for
 
-    def __init__(self, model: Transformer, state: dict[str, Tensor]):
+
+class Student:
+    """A model with the tensors that finetuning put in place of its own or beside them (LoRA). Made again from
+    its state(), it is the same bit for bit. Its kinds say what an input is and how P(y) follows from it."""
+
+    def __init__(self, model: Transformer, state: dict[str, Tensor], *, lora_scale: float = 1.0):
         self._state = {name: x.to(model.device) for name, x in state.items()}
-        self.model = Transformer(model.config, model.params | self._state, dtype=model.dtype)
+        self.model = Transformer(model.config, model.params | self._state, dtype=model.dtype,
+                                 lora_scale=lora_scale)
         self.model.raw, self.model.folder = model.raw, model.folder
 
     def state(self) -> dict[str, Tensor]:
         """The trained tensors."""
         return self._state
 
-    def predict(self, sequences: list[list[int]], batch_tokens: int = BATCH_TOKENS) -> Tensor:
-        """P(y = 1), (N,) float32 on the CPU, in input order."""
-        x = hidden_at(self.model, sequences, batch_tokens=batch_tokens)
-        return classify(x, self._state["classifier.weight"])[:, 1].exp().cpu()
+    @torch.no_grad()
+    def predict(self, inputs: list, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+        """P(y = 1), (N,) float32 on the CPU, in input order. TrainError for states that are not finite."""
+        out = torch.empty(len(inputs))
+
+        def work(indices):
+            p = self.log_p([inputs[i] for i in indices])[:, 1].exp()
+            out[indices] = finite(self.model, p).cpu()
+
+        in_batches([self.size(x) for x in inputs], batch_tokens, work)
+        return out
+
+
+class Classifier(Student):
+    """Reads a sequence; head classifier.weight (2, C) on the final state of its last token [D8]."""
+
+    def size(self, sequence: list[int]) -> int:
+        """Tokens of an input."""
+        return len(sequence)
+
+    def log_p(self, sequences: list[list[int]]) -> Tensor:
+        """log P(y = 0), log P(y = 1), (B, 2) float32"""
+        tokens, lengths = pack(sequences, self.model.device)
+        last = torch.tensor(lengths, device=self.model.device).cumsum(0) - 1
+        return self.classify(self.model.packed(tokens, lengths, keep=last)[0])
+
+    def classify(self, x: Tensor) -> Tensor:
+        """log_p from final states x (B, C)"""
+        return F.linear(x.float(), self._state["classifier.weight"]).log_softmax(-1)
 
     def save(self, folder: str) -> None:
         """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has
         one. FileExistsError for the pretrained model's own folder and for one with a sharded model."""
         files = export(self.model.config, merged(self.model))
-        files["score.weight"] = self._state["classifier.weight"].cpu()
-        save_checkpoint(self.model, Path(folder), files, id2label={"0": "no", "1": "yes"})
+        files["score.weight"] = self._state["classifier.weight"].detach().cpu()
+        stale = "architectures", "auto_map", "num_labels", "label2id"
+        raw = {key: value for key, value in self.model.raw.items() if key not in stale}
+        save_checkpoint(self.model, Path(folder), files, raw | dict(id2label={"0": "no", "1": "yes"}))
 
 
-def classify(x: Tensor, weight: Tensor) -> Tensor:
-    """Final states (B, C), head (2, C) -> log P(y = 0), log P(y = 1), (B, 2) float32"""
-    return F.linear(x.float(), weight).log_softmax(-1)
+class Answerer(Student):
+    """Reads a question with all its options: P(y = 1) is the softmax over the options of their summed
+    log-likelihoods, at the one shown. Untouched, it is the pretrained model's own belief. [D17]"""
+
+    def size(self, choice: Choice) -> int:
+        """Tokens of an input."""
+        return len(choice.prompt) + sum(map(len, choice.options))
+
+    def log_p(self, choices: list[Choice]) -> Tensor:
+        """log P(y = 0), log P(y = 1), (B, 2) float32; the former over the other options, so that nothing
+        cancels."""
+        b = branch([c.prompt for c in choices], [c.options for c in choices], self.model.device)
+        final = self.model.packed(b.tokens, b.lengths, tree=b.tree)[0]
+        log_p = option_loglik(self.model, final, b).log_softmax(-1)  # (B, O) float64
+        shown = torch.zeros_like(log_p, dtype=torch.bool)
+        shown[range(len(choices)), [c.shown for c in choices]] = True
+        others = log_p.masked_fill(shown, -torch.inf).logsumexp(-1)  # (B,)
+        return torch.stack([others, log_p[shown]], -1).float()
+
+    def save(self, folder: str) -> None:
+        """Hugging Face layout, LoRA merged, with its head: loads as AutoModelForCausalLM, and as a checkpoint
+        here. FileExistsError as for a Classifier."""
+        files = export(self.model.config, merged(self.model), head=True)
+        save_checkpoint(self.model, Path(folder), files, self.model.raw)
+
+
+STUDENTS = dict(classifier=Classifier, answer=Answerer)
 
 
 def merged(model: Transformer) -> dict[str, Tensor]:
@@ -930,16 +1025,15 @@ def merged(model: Transformer) -> dict[str, Tensor]:
     return params
 
 
-def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], **keys) -> None:
-    """Writes files as model.safetensors, model's config.json with other keys, and its tokenizer."""
+def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], raw: dict) -> None:
+    """Writes model.safetensors, config.json with the model's dtype, and its tokenizer."""
     if folder.resolve() == model.folder.resolve() or any(folder.glob("*.index.json")):
         raise FileExistsError(f"{folder}: holds another model")
-    stale = "architectures", "auto_map", "num_labels", "label2id", "torch_dtype"
-    raw = {key: value for key, value in model.raw.items() if key not in stale}
-    raw |= keys | dict(dtype=str(model.dtype).removeprefix("torch."))
+    named = {key: value for key, value in raw.items() if key != "torch_dtype"}
+    named["dtype"] = str(model.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(files, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw, indent=1))
+    (folder / "config.json").write_text(json.dumps(named, indent=1))
     for name in TOKENIZER_FILES:
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, folder / name)
@@ -961,46 +1055,39 @@ def trainable(model: Transformer, tune: str, rank: int, generator: torch.Generat
 
 
 class Learner:
-    """The classifier while it learns: a network whose trained weights are float32 masters, its head, and the
-    sequences (N) it learns from."""
+    """A student while it learns: its trained weights are float32 masters, whatever the model's dtype."""
 
-    def __init__(self, model: Transformer, sequences: list[list[int]], tune: str, rank: int,
+    def __init__(self, model: Transformer, inputs: list, student: str, tune: str, rank: int,
                  lora_scale: float, head_init: str, generator: torch.Generator):
-        if tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
-            raise TrainError(f"tune = {tune!r}, head_init = {head_init!r}: must be full, lora or head, and "
-                             "zero or normal")
-        self.model, self.sequences, self.lora_scale = model, sequences, lora_scale
-        self.lengths = [len(s) for s in sequences]
-        noise = torch.randn(2, model.config.width, generator=generator) / model.config.width ** 0.5
-        head = noise if head_init == "normal" else torch.zeros_like(noise)
-        self.trained = {"classifier.weight": nn.Parameter(head.to(model.device))}
+        self.model, self.inputs, self.lora_scale = model, inputs, lora_scale
+        self.trained, self.used, self.features = {}, None, None
+        if student == "classifier":
+            noise = torch.randn(2, model.config.width, generator=generator) / model.config.width ** 0.5
+            head = noise if head_init == "normal" else torch.zeros_like(noise)
+            self.trained["classifier.weight"] = nn.Parameter(head.to(model.device))
         self.trained |= trainable(model, tune, rank, generator)
-        self.used = self.features = None
-        if tune == "full":  # the language model's own head takes no part
+        if student == "classifier" and tune == "full":
             self.train_used_rows()
+        self.student = STUDENTS[student](model, self.trained, lora_scale=lora_scale)
+        self.sizes = [self.student.size(x) for x in inputs]
         if tune == "head":
-            self.features = hidden_at(model, sequences)
-        self.network = Transformer(model.config, model.params | self.trained, dtype=model.dtype,
-                                   lora_scale=lora_scale)
+            self.features = hidden_at(model, inputs)
 
     def train_used_rows(self) -> None:
         """Trains the rows of the embedding that the sequences use; ids count those. The others never get a
         gradient: Adam would leave them alone, and need not hold moments for them."""
-        self.used, ids = torch.unique(pack(self.sequences, self.model.device)[0], return_inverse=True)
-        self.sequences = [x.tolist() for x in ids.split(self.lengths)]
+        self.used, ids = torch.unique(pack(self.inputs, self.model.device)[0], return_inverse=True)
+        self.inputs = [x.tolist() for x in ids.split([len(s) for s in self.inputs])]
         self.trained["embed.weight"] = nn.Parameter(self.model.embed.weight.detach()[self.used].float())
 
     def log_p(self, indices: list[int]) -> Tensor:
-        """log P(y = 0), log P(y = 1) of these items, (len(indices), 2) float32"""
-        head = self.trained["classifier.weight"]
+        """log P(y = 0), log P(y = 1) of these inputs, (len(indices), 2) float32"""
         if self.features is not None:
-            return classify(self.features[indices], head)
-        tokens, lengths = pack([self.sequences[i] for i in indices], self.model.device)
-        last = torch.tensor(lengths, device=self.model.device).cumsum(0) - 1
-        return classify(self.network.packed(tokens, lengths, keep=last)[0], head)
+            return self.student.classify(self.features[indices])
+        return self.student.log_p([self.inputs[i] for i in indices])
 
-    def finished(self) -> Classifier:
-        """With weights in the model's dtypes, LoRA's B times its scale."""
+    def finished(self) -> Student:
+        """The student with weights in the model's dtypes, LoRA's B times its scale."""
         dtypes = {name: x.dtype for name, x in self.model.params.items()}
         dtypes["classifier.weight"] = torch.float32
         state = {name: x.detach().to(dtypes.get(name, self.model.dtype)) for name, x in self.trained.items()}
@@ -1008,29 +1095,32 @@ class Learner:
             if name.endswith("lora_b"):
                 state[name] = (self.trained[name].detach() * self.lora_scale).to(self.model.dtype)
         if self.used is not None:
-            state["embed.weight"] = self.model.embed.weight.index_copy(0, self.used, state["embed.weight"])
-        return Classifier(self.model, state)
+            whole = self.model.embed.weight.detach()
+            state["embed.weight"] = whole.index_copy(0, self.used, state["embed.weight"])
+        return type(self.student)(self.model, state)
 
 
-def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: float, epochs: int = 2,
-             batch: int = 32, seed: int, tune: str = "full", target_fn: Callable | None = None,
+def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: int = 2, batch: int = 32,
+             seed: int, student: str = "classifier", tune: str = "full", target_fn: Callable | None = None,
              batch_tokens: int = TRAIN_TOKENS, rank: int = 8, lora_alpha: float = 16.0,
-             checkpoint: bool = False, progress: Callable | None = None,
-             head_init: str = "zero") -> Classifier:
+             checkpoint: bool = False, progress: Callable | None = None, head_init: str = "zero") -> Student:
     """Soft-label cross-entropy against targets (N,) = P(y = 1): Adam, no weight decay, cosine to 0 over all
-    steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). The model is not
-    modified.
+    steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). Leaves model alone.
 
+    student: classifier, inputs are sequences [D8], or answer, inputs are Choices [D17]. tune: full, lora (all
+    linear maps) or head (of a classifier). What answers keeps its embedding and its head as they are: both
+    are large, often one tensor, and few of their rows are in use.
     target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the
     given w (B,), and the fraction of steps done. Micro-batches hold at most batch_tokens tokens and halve
-    when memory runs out; gradients are always the whole batch's. tune: full, lora (all linear maps) or head.
-    checkpoint: recompute activations. progress(step, steps, loss) follows each step. TrainError for a loss
-    that is not finite or a sequence that does not fit into memory."""
+    when memory runs out; gradients are always the whole batch's. checkpoint: recompute activations.
+    progress(step, steps, loss) follows each step. TrainError for settings that do not go together, a loss or
+    weights that are not finite, and an input that does not fit into memory."""
+    check_settings(student, tune, head_init)
     generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(sequences), generator=generator).split(batch) for _ in range(epochs)]
+    orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
     steps = [indices.tolist() for order in orders for indices in order]
-    learner = Learner(model, sequences, tune, rank, lora_alpha / rank, head_init, generator)
-    learner.network.recompute = checkpoint
+    learner = Learner(model, inputs, student, tune, rank, lora_alpha / rank, head_init, generator)
+    learner.student.model.recompute = checkpoint
     adam = torch.optim.Adam(learner.trained.values(), lr=lr, betas=(0.9, 0.999), fused=True)
     given, budget = torch.as_tensor(targets, dtype=torch.float32, device=model.device), batch_tokens
     for step, indices in enumerate(steps):
@@ -1040,16 +1130,30 @@ def finetune(model: Transformer, sequences: list[list[int]], targets, *, lr: flo
             try:
                 loss = gradients(learner, indices, given[indices], target_fn, fraction, budget)
             except RuntimeError as error:
-                budget = smaller(budget, [learner.lengths[i] for i in indices], error, step + 1)
+                budget = smaller(budget, [learner.sizes[i] for i in indices], error, step + 1)
                 adam.zero_grad()  # the step starts again from nothing
         if not math.isfinite(loss):
+            if step == 0:  # nothing is learnt yet: are the model's own states to blame?
+                learner.student.predict([learner.inputs[i] for i in indices], budget)
             raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
                              "lower it")
         adam.step()
         adam.zero_grad()
         if progress:
             progress(step + 1, len(steps), loss)
+    if not all(x.isfinite().all() for x in learner.trained.values()):
+        raise TrainError(f"weights are not finite after step {len(steps)}, the last (learning rate {lr}): "
+                         "lower it")
     return learner.finished()
+
+
+def check_settings(student: str, tune: str, head_init: str) -> None:
+    """TrainError for what finetune does not know, or cannot do together."""
+    if student not in STUDENTS or tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
+        raise TrainError(f"tune = {tune!r}, student = {student!r}, head_init = {head_init!r}: they must be "
+                         "full, lora or head, classifier or answer, zero or normal")
+    if student == "answer" and tune == "head":
+        raise TrainError("the student that answers has no head to train alone: tune must be full or lora")
 
 
 def smaller(budget: int, lengths: list[int], error: RuntimeError, step: int) -> int:
@@ -1067,20 +1171,18 @@ def gradients(learner: Learner, indices: list[int], w: Tensor, target_fn, fracti
               budget: int) -> float:
     """Adds the gradients of a batch's mean cross-entropy against w (B,), one backward pass per micro-batch;
     the loss. target_fn needs p of the whole batch before any gradient: several micro-batches run twice."""
-    micro = batches([learner.lengths[i] for i in indices], budget)  # indices into indices
-    total, target = 0.0, w
-    if target_fn and len(micro) > 1:
+    micro = batches([learner.sizes[i] for i in indices], budget)  # indices into indices
+    parts = [[indices[j] for j in part] for part in micro]
+    alone = learner.log_p(parts[0]) if len(parts) == 1 else None
+    target, total = w, 0.0
+    if target_fn:
         p = torch.empty_like(w)
         with torch.no_grad():
-            for part in micro:
-                p[part] = learner.log_p([indices[j] for j in part])[:, 1].exp()
+            for part, chosen in zip(micro, parts):
+                p[part] = (learner.log_p(chosen) if alone is None else alone)[:, 1].exp()
         target = target_fn(p, w, fraction)
-    for part in micro:
-        log_p = learner.log_p([indices[j] for j in part])  # (len(part), 2)
-        if target_fn and len(micro) == 1:
-            p = torch.empty_like(w)
-            p[part] = log_p.detach()[:, 1].exp()
-            target = target_fn(p, w, fraction)
+    for part, chosen in zip(micro, parts):
+        log_p = learner.log_p(chosen) if alone is None else alone  # (len(part), 2)
         y = target[part]
         loss = -(torch.stack([1 - y, y], -1) * log_p).sum() / len(indices)
         loss.backward()

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -475,7 +476,7 @@ def steps(monkeypatch):
     return seen
 
 
-TRAIN = dict(sequences=ragged(11), targets=torch.linspace(0.05, 0.95, 11), lr=1e-3, seed=4, batch=4)
+TRAIN = dict(inputs=ragged(11), targets=torch.linspace(0.05, 0.95, 11), lr=1e-3, seed=4, batch=4)
 
 
 def same_state(a, b):
@@ -490,10 +491,10 @@ def test_same_seed_same_bits(tune, tiny):
     a, b = (M.finetune(net, **TRAIN, tune=tune) for _ in range(2))
     assert same_state(a, b) and not same_state(a, M.finetune(net, **TRAIN | dict(seed=5), tune=tune))
     assert all(torch.equal(x, net.params[k]) for k, x in before.items())
-    p = a.predict(TRAIN["sequences"])
+    p = a.predict(TRAIN["inputs"])
     assert p.dtype == torch.float32 and p.shape == (11,)
-    assert torch.equal(M.Classifier(net, a.state()).predict(TRAIN["sequences"]), p)
-    CLOSE(a.predict(TRAIN["sequences"], batch_tokens=1), p)  # input order, whatever the batches
+    assert torch.equal(M.Classifier(net, a.state()).predict(TRAIN["inputs"]), p)
+    CLOSE(a.predict(TRAIN["inputs"], batch_tokens=1), p)  # input order, whatever the batches
     names = set(a.state()) - {"classifier.weight"}
     assert names == {"full": set(net.params), "head": set()}.get(tune, {k for k in names if ".lora_" in k})
     assert tune != "lora" or len(names) == 2 * 6 * 3
@@ -510,20 +511,20 @@ def test_steps_are_those_of_a_plain_loop(tiny, steps):
     g, ours, sizes = torch.Generator().manual_seed(4), list(steps), []
     for _ in range(2):
         for rows in torch.randperm(11, generator=g).split(4):
-            z = torch.cat([theirs(torch.tensor([TRAIN["sequences"][i]])).logits for i in rows])
+            z = torch.cat([theirs(torch.tensor([TRAIN["inputs"][i]])).logits for i in rows])
             w = torch.as_tensor(TRAIN["targets"])[rows]
             F.cross_entropy(z, torch.stack([1 - w, w], 1)).backward()
             sizes.append((schedule.get_last_lr()[0], theirs.score.weight.grad.clone()))
             adam.step(), adam.zero_grad(), schedule.step()
     CLOSE(got.state()["embed.weight"], theirs.transformer.wte.weight.detach(), rtol=1e-4, atol=1e-4)
-    unused = sorted(set(range(101)) - set(sum(TRAIN["sequences"], [])))  # Adam has no rows for them
+    unused = sorted(set(range(101)) - set(sum(TRAIN["inputs"], [])))  # Adam has no rows for them
     same = (got.state()["embed.weight"] == net.params["embed.weight"]).all(1)
     assert unused and same.nonzero()[:, 0].tolist() == unused
     for (lr, grads), (their_lr, head) in zip(ours, sizes, strict=True):
         assert lr == pytest.approx(their_lr)
         CLOSE(grads[0], head, rtol=1e-3, atol=1e-5)
-    z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["sequences"]])
-    CLOSE(got.predict(TRAIN["sequences"]), z.softmax(-1)[:, 1].detach(), rtol=1e-4, atol=1e-4)
+    z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["inputs"]])
+    CLOSE(got.predict(TRAIN["inputs"]), z.softmax(-1)[:, 1].detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["micro-batches", "recomputed", "out of memory", "target_fn"])
@@ -561,7 +562,7 @@ def test_what_cannot_be_trained(tiny, monkeypatch):
     net, _ = M.load(tiny)
     with pytest.raises(M.TrainError, match=r"loss is nan at step 1 of 6 \(learning rate 0.001\)"):
         M.finetune(net, **TRAIN | dict(targets=torch.full((11,), torch.nan)))
-    with pytest.raises(M.TrainError, match="must be full, lora or head"):
+    with pytest.raises(M.TrainError, match="tune = 'some'.* must be full, lora or head"):
         M.finetune(net, **TRAIN, tune="some")
     monkeypatch.setattr(M.Transformer, "packed", small_memory(M.Transformer.packed, 5))
     with pytest.raises(M.TrainError, match="out of memory at step 1 with one sequence of"):
@@ -584,8 +585,8 @@ def test_saved_student_loads_in_transformers(variant, reference, tmp_path):
     c.save(tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["sequences"]])
-    CLOSE(c.predict(TRAIN["sequences"]), z.softmax(-1)[:, 1], rtol=1e-5, atol=2e-5)
+        z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["inputs"]])
+    CLOSE(c.predict(TRAIN["inputs"]), z.softmax(-1)[:, 1], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
@@ -604,9 +605,9 @@ def test_saved_student_keeps_its_dtype(stored, dtype, reference, tmp_path):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(to).eval()
     assert theirs.dtype == dtype and theirs.num_labels == 2
     with torch.no_grad():
-        z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["sequences"]]).float()
+        z = torch.cat([theirs(torch.tensor([s])).logits for s in TRAIN["inputs"]]).float()
     loose = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=0, atol=0.02)
-    CLOSE(c.predict(TRAIN["sequences"]), z.softmax(-1)[:, 1], **loose)
+    CLOSE(c.predict(TRAIN["inputs"]), z.softmax(-1)[:, 1], **loose)
 
 
 def test_a_student_is_not_saved_over_another_model(tiny, tmp_path):
@@ -619,3 +620,235 @@ def test_a_student_is_not_saved_over_another_model(tiny, tmp_path):
         with pytest.raises(FileExistsError, match="holds another model"):
             c.save(tmp_path / folder)
     assert (tmp_path / "own" / "model.safetensors").read_bytes() == before
+
+
+# ---- the head in float32, states that are not finite -------------------------------------------------------
+
+def test_the_head_s_product_is_float32_whatever_the_dtype(reference, monkeypatch):
+    """Against float64 on the same rounded numbers; in blocks; its gradient too."""
+    for variant in ("gpt2", "gpt2-erf", "gemma2"):
+        net, _ = M.load(reference(variant)[0], dtype=torch.bfloat16)
+        monkeypatch.setattr(M, "HEAD_ROWS", 13)
+        hidden = net.packed(TOKENS[0], [43])[0].requires_grad_()
+        head = net.params.get("head.weight", net.params["embed.weight"])
+        want = hidden.double() @ head.double().T
+        cap = net.config.logit_cap
+        want = want if cap is None else cap * torch.tanh(want / cap)
+        got = net.logits(hidden)
+        assert got.dtype == torch.float32 and hidden.dtype == head.dtype == torch.bfloat16
+        CLOSE(got.double(), want, rtol=1e-6, atol=1e-6)
+        pull = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+        a, b = (torch.autograd.grad(y, hidden, pull.to(y.dtype))[0] for y in (got, want))
+        CLOSE(a, b)  # both rounded to bfloat16 once
+
+
+@pytest.mark.parametrize("dtype, remedy", [
+    (torch.float16, "float16: use --dtype bfloat16 or float32"),
+    (torch.bfloat16, "bfloat16: use --dtype float32"),
+    (torch.float32, "float32: the checkpoint is damaged or overflows")])
+def test_states_that_are_not_finite_are_an_error_at_once(dtype, remedy, tiny):
+    net, _ = M.load(tiny, dtype=dtype)
+    huge = torch.finfo(dtype).max
+    broken = M.Transformer(net.config, net.params | {
+        "layers.1.down.bias": torch.full_like(net.params["layers.1.down.bias"], huge),
+        "layers.2.down.bias": torch.full_like(net.params["layers.2.down.bias"], huge)})
+    for call in (lambda: M.hidden_at(broken, ragged(5)), lambda: M.read(broken, [[1]], [[[2], [3]]], [0]),
+                 lambda: M.finetune(broken, **TRAIN), lambda: M.finetune(broken, **TRAIN, tune="head"),
+                 lambda: M.Classifier(broken, {"classifier.weight": torch.ones(2, 40)}).predict([[1, 2]]),
+                 lambda: M.Answerer(broken, {}).predict([M.Choice([1], [[2], [3]], 0)])):
+        with pytest.raises(M.TrainError, match=f"^hidden states are not finite in {remedy}"):
+            call()
+    assert M.hidden_at(broken, ragged(5), layer=1).isfinite().all()
+
+
+# ---- the student that answers ------------------------------------------------------------------------------
+
+def choices(n, seed=5, options=(2, 4)):
+    g = torch.Generator().manual_seed(seed)
+    many = [int(torch.randint(options[0], options[1] + 1, (), generator=g)) for _ in range(n)]
+    return [M.Choice(prompt, ragged(k, 1, 7, seed + i), i % k)
+            for i, (prompt, k) in enumerate(zip(ragged(n, 3, 15, seed), many))]
+
+
+ANSWER = dict(inputs=choices(11), targets=torch.linspace(0.05, 0.95, 11), lr=1e-3, seed=4, batch=4,
+              student="answer")
+
+
+def plain_log_p(net, choice):
+    """[log P(y = 0), log P(y = 1)] by a sequence per option, without packing, trees or chunks."""
+    sums = []
+    for option in choice.options:
+        whole = torch.tensor([choice.prompt + option])
+        logp = net.logits(net.hidden(whole, torch.tensor([whole.shape[1]])))[0].log_softmax(-1)
+        at = range(len(choice.prompt) - 1, whole.shape[1] - 1)
+        sums.append(sum(logp[i, whole[0, i + 1]] for i in at).double())
+    p = torch.stack(sums).softmax(0)[choice.shown]
+    return torch.stack([1 - p, p]).log()
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gpt2-erf", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("options", [(2, 2), (4, 4), (2, 5)])
+def test_untouched_it_believes_what_reading_says(variant, options, reference):
+    net, _ = M.load(reference(variant)[0])
+    asked = choices(9, 8, options)
+    got = M.Answerer(net, {}).predict(asked, batch_tokens=70)
+    assert got.dtype == torch.float32 and got.shape == (9,)
+    read = M.read(net, [c.prompt for c in asked], [c.options for c in asked], [-1] * 9).loglik.softmax(1)
+    CLOSE(got, read[range(9), [c.shown for c in asked]].float())
+    plain = torch.stack([plain_log_p(net, c)[1].exp() for c in asked]).detach().float()
+    CLOSE(got, plain, rtol=1e-4, atol=1e-5)
+    start = M.finetune(net, asked, got, lr=0.0, seed=0, student="answer", tune="lora", epochs=1)
+    CLOSE(start.predict(asked), got)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gpt2-erf", "gemma2"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_gradients_of_what_answers_are_a_plain_loop_s(variant, tune, reference, steps, monkeypatch):
+    """The first step's, by micro-batches of all sizes, with logits in chunks of one state, recomputed or
+    not."""
+    net, _ = M.load(reference(variant)[0])
+
+    def trainable(*args, real=M.trainable):
+        out = real(*args)
+        for name in out:
+            if name.endswith("lora_b"):  # B = 0 hides the gradient of A
+                out[name].data.fill_(0.05)
+        return out
+
+    monkeypatch.setattr(M, "trainable", trainable)
+    train = ANSWER | dict(epochs=1, batch=11, tune=tune)
+    for case in (dict(), dict(batch_tokens=30), dict(batch_tokens=1), dict(checkpoint=True)):
+        M.finetune(net, **train, **case)
+    monkeypatch.setattr(M, "CELLS", 101)
+    M.finetune(net, **train)
+    g = torch.Generator().manual_seed(4)
+    torch.randperm(11, generator=g)
+    masters = M.trainable(net, tune, 8, g)
+    frozen = {"embed.weight", "head.weight"} & net.params.keys()
+    assert tune == "lora" or masters.keys() == net.params.keys() - frozen
+    plain = M.Transformer(net.config, net.params | masters, lora_scale=2.0)
+    loss = 0
+    for c, w in zip(ANSWER["inputs"], ANSWER["targets"]):
+        log_no, log_yes = plain_log_p(plain, c)
+        loss = loss - ((1 - w) * log_no + w * log_yes) / 11
+    loss.backward()
+    want = [plain.params[name].grad for name in masters]
+    assert len(steps) == 5 and all(x is not None and x.any() for x in want)
+    for _, grads in steps:
+        for name, a, b in zip(masters, grads, want, strict=True):
+            CLOSE(a, b, rtol=1e-3, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_steps_of_what_answers_are_a_plain_loop_s(tiny):
+    """Orders, schedule, loss and Adam, in transformers and torch, a sequence per option."""
+    net, _ = M.load(tiny)
+    got = M.finetune(net, **ANSWER | dict(lr=1e-4))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tiny).eval()
+    theirs.transformer.wte.weight.requires_grad_(False)
+    adam = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 6)
+    wrapped = SimpleNamespace(hidden=lambda tokens, lengths: tokens, logits=lambda x: theirs(x).logits)
+    g = torch.Generator().manual_seed(4)
+    for _ in range(2):
+        for rows in torch.randperm(11, generator=g).split(4):
+            log_p = torch.stack([plain_log_p(wrapped, ANSWER["inputs"][i]) for i in rows])
+            w = ANSWER["targets"][rows]
+            (-((1 - w) * log_p[:, 0] + w * log_p[:, 1])).mean().backward()
+            adam.step(), adam.zero_grad(), schedule.step()
+    moved = theirs.transformer.h[1].mlp.c_fc.weight.detach().T
+    CLOSE(got.state()["layers.1.up.weight"], moved, rtol=1e-4, atol=1e-5)
+    assert (moved - net.params["layers.1.up.weight"]).abs().mean() > 1e-4
+    assert not {"embed.weight", "head.weight"} & got.state().keys()
+    want = torch.stack([plain_log_p(wrapped, c) for c in ANSWER["inputs"]]).detach().float()
+    after = got.log_p(ANSWER["inputs"]).detach()
+    possible = want.isfinite()  # log(1 - p) cancels in the plain loop
+    CLOSE(after[possible], want[possible], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_what_answers_same_seed_same_bits_and_learns(tune, tiny):
+    net, _ = M.load(tiny)
+    before = {k: x.clone() for k, x in net.params.items()}
+    losses = []
+    train = ANSWER | dict(tune=tune, epochs=12, targets=[float(i % 3 == 0) for i in range(11)])
+    a = M.finetune(net, **train, progress=lambda step, total, loss: losses.append(loss))
+    assert same_state(a, M.finetune(net, **train))
+    assert not same_state(a, M.finetune(net, **train | dict(seed=5)))
+    assert all(torch.equal(x, net.params[k]) for k, x in before.items())
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    p = a.predict(train["inputs"])
+    assert torch.equal(M.Answerer(net, a.state()).predict(train["inputs"]), p)
+    CLOSE(a.predict(train["inputs"], batch_tokens=1), p, rtol=1e-4, atol=1e-5)
+    right = (p > 0.5) == (torch.tensor(train["targets"]) > 0.5)
+    assert right.float().mean() > 0.9
+
+
+def test_targets_of_what_answers_may_follow_from_its_own(tiny, monkeypatch):
+    net, _ = M.load(tiny)
+    seen = []
+
+    def mix(p, w, fraction):
+        seen.append(p.clone())
+        return 0.5 * w + 0.5 * (p - p.mean()).sigmoid()
+
+    a = M.finetune(net, **ANSWER, target_fn=mix)
+    b = M.finetune(net, **ANSWER, target_fn=mix, batch_tokens=40)
+    CLOSE(torch.cat(seen[:6]), torch.cat(seen[6:]), rtol=1e-3, atol=1e-5)
+    CLOSE(a.predict(ANSWER["inputs"]), b.predict(ANSWER["inputs"]), rtol=1e-2, atol=1e-3)
+    monkeypatch.setattr(M.Transformer, "packed", small_memory(M.Transformer.packed, 60))
+    c = M.finetune(net, **ANSWER, target_fn=mix)
+    CLOSE(a.predict(ANSWER["inputs"]), c.predict(ANSWER["inputs"]), rtol=1e-2, atol=1e-3)
+
+
+def test_one_minus_p_does_not_cancel(tiny):
+    """A candidate the model is sure of has log P(y = 0) far below float32's resolution of 1 - p."""
+    net, _ = M.load(tiny)
+    sure = M.Transformer(net.config, net.params | {"norm.weight": net.params["norm.weight"] * 8,
+                                                   "norm.bias": net.params["norm.bias"] * 8})
+    asked = [M.Choice([3, 4], [[5] * 6, [6] * 6, [7, 8]], i) for i in range(3)]
+    log_p = M.Answerer(sure, {}).log_p(asked).double()
+    assert log_p.isfinite().all() and log_p[:, 0].min() < -20
+    loglik = M.read(sure, [[3, 4]], [asked[0].options], [0]).loglik[0]
+    for i in range(3):
+        rest = torch.cat([loglik[:i], loglik[i + 1:]]).logsumexp(0) - loglik.logsumexp(0)
+        CLOSE(log_p[i, 0], rest, rtol=1e-5, atol=1e-6)
+
+
+def test_what_answers_cannot_be_trained_by_its_head(tiny):
+    net, _ = M.load(tiny)
+    with pytest.raises(M.TrainError, match="no head to train alone: tune must be full or lora"):
+        M.finetune(net, **ANSWER, tune="head")
+    with pytest.raises(M.TrainError, match="student = 'both'"):
+        M.finetune(net, **ANSWER | dict(student="both"))
+
+
+@pytest.mark.parametrize("variant, dtype", [
+    *((variant, torch.float32) for variant in ("gpt2", "gpt2-erf", "gpt_neox", "opt", "llama", "llama-biased",
+                                               "qwen2", "gemma2", "gemma3_text", "olmo2", "phi3")),
+    ("gpt2-erf", torch.bfloat16), ("gemma3_text", torch.bfloat16)])
+def test_what_answers_is_saved_as_a_language_model(variant, dtype, reference, tmp_path):
+    net, tokenizer = M.load(reference(variant)[0], dtype=dtype)
+    student = M.finetune(net, **ANSWER, tune="lora" if variant in ("gpt2", "phi3") else "full")
+    student.save(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert theirs.dtype == dtype
+    again, _ = M.load(tmp_path, dtype=dtype)
+    tokens = TOKENS[:1, :31]
+    with torch.no_grad():
+        logits = student.model.logits(student.model.packed(tokens[0], [31])[0])
+        CLOSE(again.logits(again.packed(tokens[0], [31])[0]), logits, rtol=1e-4, atol=1e-4)
+        loose = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0, atol=0.3)
+        CLOSE(theirs(tokens).logits[0].float(), logits, **loose)
+    believed = M.Answerer(again, {}).predict(ANSWER["inputs"])
+    CLOSE(believed, student.predict(ANSWER["inputs"]), rtol=1e-3, atol=1e-4)
+    with pytest.raises(FileExistsError, match="holds another model"):
+        M.Answerer(again, {}).save(tmp_path)
+
+
+def test_half_precision_of_what_answers(tiny):
+    """bfloat16 activations, float32 masters, a float32 head: close to float32's student."""
+    full, _ = M.load(tiny)
+    half, _ = M.load(tiny, dtype=torch.bfloat16)
+    a, b = (M.finetune(net, **ANSWER | dict(lr=1e-4)) for net in (full, half))
+    assert b.state()["layers.1.up.weight"].dtype == torch.bfloat16
+    assert (a.predict(ANSWER["inputs"]) - b.predict(ANSWER["inputs"])).abs().max() < 0.1
