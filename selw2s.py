@@ -229,7 +229,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import DEMO, YES_NO, DataError, Item, Question, completion, deal, fit, halves, items, load_task, prompt
+from data import (DEMO, YES_NO, DataError, Item, Question, column_of, completion, deal, distinct, fit, halves,
+                  items, load_task, prompt)
 from data.cache import Stages, counter, digest
 from data.results.figures import figures
 from data.results.report import accuracy, auroc, cross_entropy, merged, result_of, shown, table, write
@@ -319,7 +320,7 @@ class Part(NamedTuple):
     weak: Tensor                    # (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor                     # (n,) self-generated label, 0/1
     zero_shot: Tensor               # (n,) the untouched strong model's P(y = 1): its belief in the candidate shown
-    belief: Tensor                  # (n, K) its probability of each option
+    belief: Tensor                  # (n, K) its probability of each option; those of one text share a column
     prompt_state: Tensor            # (n, R, C) its hidden states where the question ends, before any candidate
     item_state: Tensor              # (n, R, C) its hidden states where the item's text ends
     truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, like the rest below
@@ -437,8 +438,13 @@ def likelihoods(name: str, strong: Pretrained, prompts: list[str], completions: 
 
 
 def options_of(questions: list[Question]) -> list[list[str]]:
-    """Every option of every question as it follows the prompt."""
-    return [[completion(q, i) for i in range(len(q.options))] for q in questions]
+    """Every option of every question as it follows the prompt, once where several have the same text."""
+    return [[completion(q, i) for i in distinct(q.options)] for q in questions]
+
+
+def columns_shown(part: list[Item], questions: list[Question]) -> list[int]:
+    """Of every item, the place in `options_of` of the candidate it shows."""
+    return [column_of(q.options, item.option) for item, q in zip(part, questions)]
 
 
 def judged(item: Item, question: Question) -> str:
@@ -458,10 +464,11 @@ def elicit(config: Config, name: str, strong: Pretrained, part: list[Item], ques
     examples = [(item, parts.question[item.question_id]) for item in parts.examples]
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in examples)
     prompts, completions, none = [before + prompt(q) for q in questions], options_of(questions), [-1] * len(part)
+    column = columns_shown(part, questions)
     # the branch on which an item's text ends; a yes/no question is itself the item and ends with the prompt
-    pick = [-1 if item.text == prompt(q) else item.option for item, q in zip(part, questions)]
+    pick = [-1 if item.text == prompt(q) else c for item, q, c in zip(part, questions, column)]
     reading = likelihoods(f"read {name}", strong, prompts, completions, pick, config, stages)
-    score, column = reading["loglik"], torch.tensor([item.option for item in part])         # (n, K), (n,)
+    score, column = reading["loglik"], torch.tensor(column)                                 # (n, K), (n,)
     if config.own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
     if config.own == "pmi":
@@ -485,7 +492,7 @@ def right_option(config: Config, part: list[Item], questions: list[Question]) ->
     """(n,) the right answer's column of `belief`; beyond D_l it is hidden truth: for metrics only."""
     if config.own == "judge":
         return torch.tensor([item.label for item in part])
-    return torch.tensor([q.answer for q in questions])
+    return torch.tensor([column_of(q.options, q.answer) for q in questions])
 
 
 def own_right(config: Config, part: Part) -> Tensor:
@@ -499,7 +506,7 @@ def student_inputs(config: Config, strong: Pretrained, part: list[Item], questio
     if config.student == "classifier":
         return strong.tokenizer.encode([item.text for item in part])
     heads, tails = encode_options(strong.tokenizer, [prompt(q) for q in questions], options_of(questions))
-    return [Choice(head, tail, item.option) for head, tail, item in zip(heads, tails, part)]
+    return [Choice(head, tail, c) for head, tail, c in zip(heads, tails, columns_shown(part, questions))]
 
 
 class Prepared(NamedTuple):
@@ -1018,6 +1025,8 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
     line = f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions"
     if task.name in DEMO:
         line += " (synthetic world, see data/world.py)"
+    if task.repeated:
+        line += f"; {task.repeated} option(s) repeat another of their question and count once"
     if counts["left_out"]:
         line += f"; {counts['left_out']} of train left out: test has them"
     if counts["cut"]:

@@ -372,6 +372,44 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
         assert own == float(int(np.argmax(scores)) == int(shown))
 
 
+@pytest.mark.parametrize("own", ["sum", "mean", "pmi"])
+def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
+    """Own answer, belief, zero-shot, P(IK)'s target, what an answering student is given: by text, as if the
+    question had the option once, whichever of the twins is shown or right."""
+    from data import Item, Question
+    config = selw2s.parse([*tiny, "--own", own, "--student", "answer", "--out", str(tmp_path)])
+    strong = selw2s.pretrained(tiny[5], True, config)
+    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
+    said = []
+    for options, places, answer in ((("red", "blue", "red", "gold"), (0, 1, 2, 3), 2),
+                                    (("red", "blue", "gold"), (0, 1, 0, 2), 0)):
+        questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
+        part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
+                for n, (q, place) in enumerate(zip(questions, places))]
+        elicited = selw2s.elicit(config, "test", strong, part, questions, nothing, Stages(tmp_path, print))
+        gold = selw2s.right_option(config, part, questions)
+        inputs = selw2s.student_inputs(config, strong, part, questions)
+        whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
+        said.append((inputs, *elicited, gold, selw2s.own_right(config, whole)))
+    for twins, once in zip(*said):
+        assert torch.equal(twins, once) if isinstance(once, torch.Tensor) else twins == once
+    _, label, zero_shot, belief, *_, gold, right = said[0]
+    assert belief.shape == (4, 3) and label[0] == label[2] == right[0] and gold.tolist() == [0] * 4
+    assert zero_shot[0] == zero_shot[2] and float(zero_shot[[0, 1, 3]].sum()) == pytest.approx(1)
+
+
+def test_the_data_line_counts_options_that_repeat(tiny):
+    from types import SimpleNamespace
+    config, told = selw2s.parse([*tiny]), []
+    model = SimpleNamespace(network=SimpleNamespace(config=SimpleNamespace(context=128)),
+                            tokenizer=SimpleNamespace(encode=lambda texts: [[0] for _ in texts]))
+    task = selw2s.load_task(tiny[1])
+    for repeated in (0, 3):
+        selw2s.fitted(task._replace(repeated=repeated), (model, model), config, told.append)
+    assert "repeat" not in told[0]
+    assert "; 3 option(s) repeat another of their question and count once" in told[1]
+
+
 def test_sweep_smooths_on_the_middle_layer_alone_where_it_says_so(tiny, tmp_path, monkeypatch):
     from data.results import analyses
     seen, real = {}, analyses.student_metrics
