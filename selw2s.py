@@ -562,7 +562,8 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
     """argmin_w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, bias (last entry) unpenalised; gradient norm <= tol.
 
     x (n, C + 1) float64, last column ones, y (n,) in [0, 1], w (C + 1,) start. Newton's method, each step by
-    conjugate gradients: a width of thousands costs matrix-vector products only. Raises if not converged."""
+    conjugate gradients: a width of thousands costs matrix-vector products only. TrainError at once if x or y
+    is not finite, or if not converged."""
     penalty = torch.full_like(w, l2)
     penalty[-1] = 0
 
@@ -573,6 +574,8 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
         p = torch.sigmoid(x @ w)
         gradient = x.T @ (p - y) / len(y) + penalty * w
         size = gradient.norm()
+        if not size.isfinite():
+            raise TrainError("the probe's features are not finite: use --dtype bfloat16 or float32")
         if size <= tol:
             return w
         curvature = p * (1 - p) / len(y)
@@ -1105,8 +1108,14 @@ def rerun(config: Config) -> None:
           + (f", though {', '.join(moved)} differ" if moved else ""))
 
 
+GRAPH_FAULTS = ("knn:", "affinity:", "propagate:")      # how graph.py's ValueErrors begin
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a character that the console cannot print is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         config = parse(argv)
         if config.merge:
@@ -1127,6 +1136,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, SafetensorError) as error:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if not str(error).startswith(GRAPH_FAULTS):
+            raise
+        print(f"selw2s: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nselw2s: interrupted; finished stages are kept: start the same command again", file=sys.stderr)

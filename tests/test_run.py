@@ -218,6 +218,30 @@ def test_missing_model_is_one_line(tiny, tmp_path, capsys):
     assert error.startswith("selw2s: ") and "nowhere" in error and "\n" not in error
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_cannot_print_a_character(encoding, tmp_path):
+    """What it cannot print is escaped, on stdout (the configuration) and on stderr (the error)."""
+    done = program("--task", "\u6f22.jsonl", "--weak", "a", "--strong", "b", "--out", str(tmp_path / "out"),
+                   PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert done.returncode == 2 and r"task=\u6f22.jsonl" in done.stdout
+    assert done.stderr.startswith(r"selw2s: \u6f22.jsonl: cannot be read") and done.stderr.count("\n") == 1
+
+
+def test_what_the_graph_refuses_is_one_line(tiny, monkeypatch, capsys):
+    from graph import affinity, knn, propagate
+    nan, index, S = torch.full((2, 1), torch.nan), torch.tensor([[1], [0]]), torch.eye(2)
+    for name, fault in (("knn", lambda config: knn(nan, 1)),
+                        ("affinity", lambda config: affinity(index, nan)),
+                        ("propagate", lambda config: propagate(S, torch.ones(2, 1), 2.0))):
+        monkeypatch.setattr(selw2s, "run", fault)
+        assert selw2s.main([*tiny]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"selw2s: {name}: ") and error.count("\n") == 1
+    monkeypatch.setattr(selw2s, "run", lambda config: int("no number"))     # a fault of the program
+    with pytest.raises(ValueError, match="no number"):
+        selw2s.main([*tiny])
+
+
 def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
     def stop(*a, **k):
         raise KeyboardInterrupt
