@@ -136,23 +136,32 @@ def check_value(key: str, value, field: str = "") -> None:
                         "needed")
 
 
+def known_keys(row: dict) -> set[str]:
+    """The keys of config.json that this family reads, or that must have the one value we support."""
+    keys = set(row.get("also", "").split()) | row.get("echo", {}).keys() | row["must"].keys()
+    for field in row["numbers"]:
+        keys |= set(keys_of(row, field))
+    if "base" in row["numbers"]:
+        keys |= {"rope_scaling", "rope_parameters"}
+    return keys
+
+
+def unread_keys(raw: dict) -> list[str]:
+    """The keys that transformers' class of the family does not know, and that change nothing there either."""
+    known = known_keys(FAMILIES[raw["model_type"]])
+    return [key for key, value in raw.items()
+            if value is not None and key not in known and not INERT_KEYS.fullmatch(key)]
+
+
 def check_keys(raw: dict, row: dict, numbers: dict) -> None:
-    """LoadError for a key that is unknown, or known to have one value that is supported, and has another."""
-    known = set(row.get("also", "").split()) | row.get("echo", {}).keys()
-    for field in numbers:
-        known |= set(keys_of(row, field))
-    if "base" in numbers:
-        known |= {"rope_scaling", "rope_parameters"}
+    """LoadError for a key that has one value that is supported, and has another."""
     for key, field in row.get("echo", {}).items():
         if raw.get(key) not in (None, numbers[field]):
             raise LoadError(f"config.json: {key} = {raw[key]!r:.40} is not read by this family, where it is "
                             f"{numbers[field]!r}: make them agree")
-    for key, value in raw.items():
-        if key in row["must"]:
-            if value not in (None, row["must"][key]):
-                raise LoadError(f"config.json: {key} = {value!r} is not supported, only {row['must'][key]!r}")
-        elif value is not None and key not in known and not INERT_KEYS.fullmatch(key):
-            raise LoadError(f"config.json: unknown key {key!r} (= {value!r:.60}): it may change the model")
+    for key, value in row["must"].items():
+        if raw.get(key) not in (None, value):
+            raise LoadError(f"config.json: {key} = {raw[key]!r} is not supported, only {value!r}")
 
 
 def resolve(raw: dict, row: dict, numbers: dict) -> dict:
@@ -286,9 +295,12 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
                         "--dtype bfloat16") from None
     model = Transformer(config, params)
     model.raw, model.folder, model.revision = raw, folder, None if Path(source).is_dir() else folder.name
-    count = sum(p.numel() for p in params.values()) / 1e6
-    print(f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
-          f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
+    count, unread = sum(p.numel() for p in params.values()) / 1e6, unread_keys(raw)
+    line = (f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
+            f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
+    if unread:
+        line += f"; unknown keys of config.json ignored: {', '.join(unread):.300}"
+    print(line)
     return model, tokenizer
 
 

@@ -220,6 +220,7 @@ import json
 import os
 import random
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,8 +229,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import (DEMO, YES_NO, DataError, Item, Question, completion, deal, fit, halves, items, load_task,
-                  prompt)
+from data import (DEMO, YES_NO, DataError, Item, Question, column_of, completion, deal, distinct, fit, halves,
+                  items, load_task, prompt)
 from data.cache import Stages, counter, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
@@ -337,7 +338,7 @@ class Part(NamedTuple):
     weak: Tensor                # (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor                 # (n,) self-generated label, 0/1
     zero_shot: Tensor           # (n,) P(y = 1) of the strong model untouched: its belief in what is shown
-    belief: Tensor              # (n, K) its probability of each option
+    belief: Tensor              # (n, K) its probability of each option; those of one text share a column
     prompt_state: Tensor        # (n, R, C) its hidden states where the question ends, no candidate shown yet
     item_state: Tensor          # (n, R, C) its hidden states where the item's text ends
     truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, as are the next two
@@ -460,8 +461,13 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
 
 
 def options_of(questions: list[Question]) -> list[list[str]]:
-    """Every option of every question as it follows the prompt."""
-    return [[completion(q, i) for i in range(len(q.options))] for q in questions]
+    """Every option of every question as it follows the prompt, once where several have the same text."""
+    return [[completion(q, i) for i in distinct(q.options)] for q in questions]
+
+
+def columns_shown(part: list[Item], questions: list[Question]) -> list[int]:
+    """Of every item, the place in `options_of` of the candidate it shows."""
+    return [column_of(q.options, item.option) for item, q in zip(part, questions)]
 
 
 def judged(item: Item, question: Question) -> str:
@@ -474,6 +480,16 @@ def unconditional(question: Question) -> str:
     return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
 
 
+def untied(belief: Tensor, questions: list[Question]) -> Tensor:
+    """belief (n, K) with a millionth more for one of several options that are the largest, which one by the
+    question's id: a tie, as half precision makes them, favours neither the first option nor "no" [D1]."""
+    largest, out = belief == belief.amax(1, keepdim=True), belief.clone()
+    for n in (largest.sum(1) > 1).nonzero()[:, 0].tolist():
+        tied = largest[n].nonzero()[:, 0]
+        out[n, tied[zlib.crc32(questions[n].id.encode()) % len(tied)]] += 1e-6
+    return out
+
+
 def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split) -> Elicited:
     """3. The option with the largest log-likelihood given the question is the strong model's own answer [D1];
     the own label of an item is 1 if the candidate it shows is that answer. Examples stand in front [D2]."""
@@ -481,11 +497,11 @@ def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question],
     examples = [(item, parts.question[item.question_id]) for item in parts.examples]
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in examples)
     prompts, completions = [before + prompt(q) for q in questions], options_of(questions)
+    column, none = columns_shown(part, questions), [-1] * len(part)
     # the branch on which an item's text ends; a yes/no question is itself the item and ends with the prompt
-    pick = [-1 if item.text == prompt(q) else item.option for item, q in zip(part, questions)]
+    pick = [-1 if item.text == prompt(q) else c for item, q, c in zip(part, questions, column)]
     reading = likelihoods(f"read {name}", setup, prompts, completions, pick)
-    score, column = reading["loglik"], torch.tensor([item.option for item in part])         # (n, K), (n,)
-    none = [-1] * len(part)
+    score, column = reading["loglik"], torch.tensor(column)                                 # (n, K), (n,)
     if own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
     if own == "pmi":
@@ -499,7 +515,7 @@ def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question],
         score = likelihoods(f"read {name} judge", setup, prompts, completions, none)["loglik"]
     if name == "labelled":
         setup.stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
-    belief = score.softmax(1)
+    belief = untied(score.softmax(1), questions)
     label = (belief.argmax(1) == column).float()                            # hard: 0 or 1 [D13]
     zero_shot = belief.gather(1, column[:, None])[:, 0].float()
     return Elicited(label, zero_shot, belief, reading["prompt_state"], reading["item_state"])
@@ -509,7 +525,7 @@ def right_option(config: Config, part: list[Item], questions: list[Question]) ->
     """(n,) the right answer's column of `belief`; beyond D_l it is hidden truth: for metrics only."""
     if config.own == "judge":
         return torch.tensor([item.label for item in part])
-    return torch.tensor([q.answer for q in questions])
+    return torch.tensor([column_of(q.options, q.answer) for q in questions])
 
 
 def own_right(config: Config, part: Part) -> Tensor:
@@ -524,7 +540,7 @@ def student_inputs(setup: Setup, part: list[Item], questions: list[Question]) ->
     if setup.config.student == "classifier":
         return tokenizer.encode([item.text for item in part])
     heads, tails = encode_options(tokenizer, [prompt(q) for q in questions], options_of(questions))
-    return [Choice(head, tail, item.option) for head, tail, item in zip(heads, tails, part)]
+    return [Choice(head, tail, c) for head, tail, c in zip(heads, tails, columns_shown(part, questions))]
 
 
 class Prepared(NamedTuple):
@@ -580,7 +596,8 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
     """argmin_w of mean CE(sigmoid(x w), y) + l2/2 |w|^2, bias (last entry) unpenalised; gradient norm <= tol.
 
     x (n, C + 1) float64, last column ones, y (n,) in [0, 1], w (C + 1,) start. Newton's method, each step by
-    conjugate gradients: a width of thousands costs matrix-vector products only. Raises if not converged."""
+    conjugate gradients: a width of thousands costs matrix-vector products only. TrainError at once if x or y
+    is not finite, or if not converged."""
     penalty = torch.full_like(w, l2)
     penalty[-1] = 0
 
@@ -591,6 +608,8 @@ def logistic(x: Tensor, y: Tensor, l2: float, w: Tensor, tol: float = 1e-8) -> T
         p = torch.sigmoid(x @ w)
         gradient = x.T @ (p - y) / len(y) + penalty * w
         size = gradient.norm()
+        if not size.isfinite():
+            raise TrainError("the probe's features are not finite: use --dtype bfloat16 or float32")
         if size <= tol:
             return w
         curvature = p * (1 - p) / len(y)
@@ -1049,6 +1068,8 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
     line = f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions"
     if task.name in DEMO:
         line += " (synthetic world, see data/world.py)"
+    if task.repeated:
+        line += f"; {task.repeated} option(s) repeat another of their question and count once"
     if counts["left_out"]:
         line += f"; {counts['left_out']} of train left out: test has them"
     if counts["cut"]:
@@ -1126,8 +1147,14 @@ def rerun(config: Config) -> None:
           + (f", though {', '.join(moved)} differ" if moved else ""))
 
 
+GRAPH_FAULTS = ("knn:", "affinity:", "propagate:")      # how graph.py's ValueErrors begin
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a user's mistake (one line on stderr), 130 interrupted (finished stages are kept)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a character that the console cannot print is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         config = parse(argv)
         if config.merge:
@@ -1148,6 +1175,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, SafetensorError) as error:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if not str(error).startswith(GRAPH_FAULTS):
+            raise
+        print(f"selw2s: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nselw2s: interrupted; finished stages are kept: start the same command again",

@@ -6,14 +6,16 @@ The training items are cut into
     D_l   labelled   the labelled half, whose ground truth is used
     D_u   transfer   the transfer half, whose ground truth nothing reads but the ceiling and the metrics
 
-in one of two protocols. paper: no class above 55 %, halves disjoint by group (one passage or one wording).
+in one of two protocols. paper: no class above 55 %, halves disjoint by group (one passage, one question).
 openai: items and halves draw for draw as in the public code, so that published numbers can be compared; its
 halves are disjoint by question only.
 
 official.py reads SciQ, BoolQ and CosmosQA, jsonl.py a user's own file, world.py makes the demo.
 """
 import random
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 YES_NO = ("no", "yes")
@@ -21,6 +23,7 @@ NONE_OF_THE_ABOVE = "None of the above choices ."
 OFFICIAL = ("sciq", "boolq", "cosmosqa")
 DEMO = ("demo", "demo-sciq", "demo-boolq", "demo-cosmosqa")
 MIN_TRAIN, MIN_TEST = 20, 10
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"))
 
 
 class DataError(ValueError):
@@ -50,6 +53,27 @@ class Task(NamedTuple):
     test: list[Question]
     sha256: str                 # of the file, or of the files, joined by "+"
     source: str                 # origin and licence
+    repeated: int = 0           # options of its files that repeat another of their question: counted once
+
+
+def plain(text: str) -> str:
+    """What decides whether two texts are equal: NFC, no zero-width characters, nothing blank at the ends."""
+    return unicodedata.normalize("NFC", text.translate(ZERO_WIDTH)).strip()
+
+
+def distinct(options: Sequence[str]) -> list[int]:
+    """Index of the first option of each text: options whose texts are equal (`plain`) are one option."""
+    first = {}
+    for i, text in enumerate(map(plain, options)):
+        first.setdefault(text, i)
+    return list(first.values())
+
+
+def column_of(options: Sequence[str], option: int) -> int:
+    """The place in `distinct` of the text of option number `option`. All options of one text have one column
+    of scores: they share one option's probability, and count once in the sum over options."""
+    texts = list(map(plain, options))
+    return list(dict.fromkeys(texts)).index(texts[option])
 
 
 def prompt(question: Question) -> str:
@@ -76,14 +100,18 @@ def permutation(n: int, seed: int):
 
 def candidate(q: Question, protocol: str, rng: random.Random) -> int:
     """The option shown; one random() for a question, one choice() where a wrong one is shown, in the public
-    code's order of draws."""
+    code's order of draws.
+
+    paper: options of one text are one, and none that repeats the right one is wrong. openai: as in the public
+    code, each is an option of its own, and in SciQ (no context) one that repeats the right one is wrong."""
     right = q.options[q.answer]
     never = protocol == "openai" and NONE_OF_THE_ABOVE in right     # draws no random() [D7]
     if not never and rng.random() < 0.5:
         return q.answer
-    # An option that repeats the right one's text is not wrong, but to the public code's SciQ it is.
-    repeats = protocol == "openai" and not q.context
-    return rng.choice([i for i, text in enumerate(q.options) if i != q.answer and (repeats or text != right)])
+    if protocol == "openai":
+        return rng.choice([i for i, text in enumerate(q.options)
+                           if i != q.answer and (text != right or not q.context)])
+    return rng.choice([i for i in distinct(q.options) if plain(q.options[i]) != plain(right)])
 
 
 def items(questions: list[Question], *, protocol: str, seed: int) -> list[Item]:

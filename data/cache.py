@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK = [ROOT / name for name in ("model.py", "data/families.py", "data/tokens.py")]   # every stage runs it
+NETWORK = [ROOT / name for name in ("model.py", "data/families.py", "data/tokens.py")]   # all stages run it
 
 
 def digest(*parts) -> str:
@@ -100,12 +100,16 @@ def stored(path: Path) -> tuple[dict, dict]:
     return tensors | json.loads(metadata["texts"]), json.loads(metadata["record"])
 
 
-def peak_gb(device: str) -> float:
-    """Peak memory so far in GB: of the GPU since the stage began, or of this process."""
+def peak_gb(device: str) -> float | None:
+    """Peak memory so far in GB: of the GPU since the stage began, or of this process; None on Windows."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+    try:
+        import resource
+    except ImportError:     # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024      # of ru_maxrss: bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 def counter(name: str):

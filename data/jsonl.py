@@ -3,17 +3,19 @@
     {"question": "...", "options": ["...", "..."], "answer": 1}
     optional: "context": passage, "id": unique, "group": what stays in one half, "split": "train" or "test"
 
-"answer" is the index of the right option, from 0, or its text. Options yes and no, in any order or case, make
-a yes/no question. Without "group", questions on one context form a group, or, without a context, those of one
-wording. "split" stands on every line or on none; then the groups, in the order of their names' SHA-256, fill
-the test set until it has a fifth of the questions. Every error names file and line.
+"answer" is the index of the right option, from 0, or its text. Options of one text (`data.plain`) are one, at
+the place of the first; yes and no, in any order or case, make a yes/no question. "group" decides alone where
+it is given; else questions on one context form a group, or, without a context, those of one wording and the
+same options, in any order. "split" stands on every line or on none; then the groups, in the order of their
+names' SHA-256, fill the test set until it has a fifth of the questions. Every error names file and line.
 """
 import hashlib
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
-from data import YES_NO, DataError, Question, Task
+from data import YES_NO, DataError, Question, Task, column_of, distinct, plain
 from data.official import grouped, key
 
 TYPES = {"question": (str,), "options": (list,), "answer": (int, str), "context": (str,), "id": (str, int),
@@ -55,21 +57,43 @@ def _question(row: dict, name: str) -> Question:
     """The question in a checked row, called `name` if it has no id; raises ValueError."""
     options, answer = row["options"], row["answer"]
     texts = [row["question"], *options]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    if not all(isinstance(text, str) and plain(text) for text in texts):
         raise ValueError('"question" and every option must be a text that is not empty')
-    if len(options) < 2 or len(set(options)) < len(options):
-        raise ValueError(f"{len(options)} options, of which {len(set(options))} differ; give two or more")
-    if answer in options:
-        answer = options.index(answer)
+    kept = [options[i] for i in distinct(options)]
+    if len(kept) < 2:
+        raise ValueError(f"{len(options)} options, {len(kept)} different; give two or more that differ")
+    choices = [plain(option) for option in options]
+    if isinstance(answer, str) and plain(answer) in choices:
+        answer = choices.index(plain(answer))
     if not isinstance(answer, int) or not 0 <= answer < len(options):
         last = len(options) - 1
         raise ValueError(f'"answer" {answer!r:.40} is neither an option nor an index from 0 to {last}')
-    if sorted(option.casefold() for option in options) == list(YES_NO):
-        answer, options = YES_NO.index(options[answer].casefold()), YES_NO
-    question = Question(str(row.get("id", name)), str(row.get("group", "")), row.get("context", "").strip(),
-                        row["question"], tuple(options), answer)
+    answer = column_of(options, answer)
+    if sorted(plain(option).casefold() for option in kept) == list(YES_NO):
+        answer, kept = YES_NO.index(plain(kept[answer]).casefold()), YES_NO
+    context = row.get("context", "").strip()
+    if not plain(context):
+        context = ""
+    question = Question(str(row.get("id", name)), str(row.get("group", "")), context, row["question"],
+                        tuple(kept), answer)
     "".join((*texts, *question[:3])).encode()    # ValueError on half a surrogate pair, which JSON can spell
     return question
+
+
+def _tie(question: Question) -> str:
+    """What questions of one group share: "group" if given, else the passage, else wording and options."""
+    if question.group:
+        return "group " + question.group
+    if question.context:
+        return key("passage", question.context)
+    options = sorted(key("option", option) for option in question.options)
+    return "\n".join([key("question", question.question), *options])
+
+
+def _doubtful(row: dict, question: Question) -> bool:
+    """Whether the answer of a row is an index that is also the text of an option it does not point to."""
+    others = {plain(option) for i, option in enumerate(question.options) if i != question.answer}
+    return isinstance(row["answer"], int) and str(row["answer"]) in others
 
 
 def load(path: str) -> Task:
@@ -78,7 +102,7 @@ def load(path: str) -> Task:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:       # ValueError: a zero byte in the path
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    rows, splits, lines = [], [], {}
+    rows, splits, lines, doubtful, repeated = [], [], {}, [], 0
     for n, line in enumerate(content.splitlines(), 1):  # bytes: of str it also cuts at U+2028 in a JSON text
         if not line.strip():
             continue
@@ -92,8 +116,14 @@ def load(path: str) -> Task:
                 raise ValueError('"split" must stand on every line or on none')
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{n}: {error}") from None
-        tie = key("passage", question.context) if question.context else key("question", question.question)
-        rows.append((question, [tie] + ["group " + question.group] * bool(question.group)))
+        rows.append((question, [_tie(question)]))
+        repeated += len(row["options"]) - len(question.options)
+        if _doubtful(row, question):
+            doubtful.append(n)
+    if doubtful:
+        print(f'selw2s: warning: {path}:{doubtful[0]}: "answer" is taken as an index, from 0, but it is '
+              f"another option's text too ({len(doubtful)} such line(s)): quote it if the text is meant",
+              file=sys.stderr)
     questions = grouped(rows)
     if None in splits:
         sizes, left, side = Counter(q.group for q in questions), len(questions) / 5, {}
@@ -102,4 +132,5 @@ def load(path: str) -> Task:
             left -= sizes[group]
         splits = [side[q.group] for q in questions]
     train, test = ([q for q, s in zip(questions, splits) if s == part] for part in ("train", "test"))
-    return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}")
+    return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}",
+                repeated)

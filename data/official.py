@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from data import YES_NO, DataError, Question, Task
+from data import YES_NO, DataError, Question, Task, distinct, plain
 
 COSMOS = "https://github.com/wilburOne/cosmosqa/raw/master/data/"
 FILES = {                                        # path below data_dir: bytes, SHA-256, homes
@@ -85,9 +85,12 @@ def _download(name: str, path: Path) -> None:
 
 
 def key(kind: str, text: str) -> str:
-    """Case, spacing and punctuation do not make two texts different; signs such as + and - do."""
-    words = re.sub("[.,;:!?()\"'“”‘’]", " ", text.casefold()).split()
-    return kind + " " + (" ".join(words) or text)
+    """Case, spacing and punctuation do not make two texts different; signs such as + and - do, and so does
+    punctuation where there is no letter, as in "2.", "(2)" and "2?"."""
+    text = plain(text).casefold()
+    if any(c.isalpha() for c in text):
+        text = re.sub("[.,;:!?()\"'“”‘’]", " ", text)
+    return " ".join([kind, *text.split()])
 
 
 def grouped(rows: Iterable[Row]) -> list[Question]:
@@ -106,7 +109,10 @@ def grouped(rows: Iterable[Row]) -> list[Question]:
 
 
 def sciq(split: str, data_dir: str | None = None) -> Iterable[Row]:
-    """split: train, valid or test. The right answer's place is a hash of the question: it tells nothing."""
+    """split: train, valid or test. The right answer's place is a hash of the question: it tells nothing.
+
+    Tied by passage, and by wording whatever the distractors: that is one fact, asked again. Options that
+    repeat another stay, for the openai protocol; elsewhere they count once (`data.distinct`)."""
     with zipfile.ZipFile(io.BytesIO(content("sciq/SciQ.zip", data_dir))) as archive:
         rows = json.loads(archive.read(f"SciQ dataset-2 3/{split}.json"))
     for n, row in enumerate(rows):
@@ -118,11 +124,10 @@ def sciq(split: str, data_dir: str | None = None) -> Iterable[Row]:
 
 
 def boolq(split: str, data_dir: str | None = None) -> Iterable[Row]:
-    """split: train or dev."""
+    """split: train or dev. Tied by passage: no wording stands with two."""
     for n, line in enumerate(content(f"boolq/{split}.jsonl", data_dir).splitlines()):
         row = json.loads(line)
-        keys = [key("question", row["question"]), key("passage", row["passage"])]
-        name, answer = f"boolq-{split}-{n}", int(row["answer"])
+        name, answer, keys = f"boolq-{split}-{n}", int(row["answer"]), [key("passage", row["passage"])]
         yield Question(name, "", row["passage"], row["question"], YES_NO, answer), keys
 
 
@@ -144,7 +149,7 @@ def load(name: str, data_dir: str | None = None) -> Task:
         train, test = list(reader("train", data_dir)), list(reader(held_out, data_dir))
         for q, _ in train + test:
             "".join((q.context, q.question, *q.options)).encode()
-            if not 0 <= q.answer < len(q.options) or len(set(q.options)) < 2:
+            if not 0 <= q.answer < len(q.options) or len(distinct(q.options)) < 2:
                 raise ValueError(f"answer {q.answer} of {q.options}")
     except DataError:
         raise
@@ -154,4 +159,5 @@ def load(name: str, data_dir: str | None = None) -> Task:
     questions = grouped(train + test)
     _, digests, homes = zip(*(FILES[file] for file in FILES if file.startswith(name)))
     source = f"official release, {licence}: {' '.join(urls[0] for urls in homes)}"
-    return Task(name, questions[:len(train)], questions[len(train):], "+".join(digests), source)
+    repeated = sum(len(q.options) - len(distinct(q.options)) for q in questions)
+    return Task(name, questions[:len(train)], questions[len(train):], "+".join(digests), source, repeated)

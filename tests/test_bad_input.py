@@ -360,8 +360,8 @@ DATA = {
     "answer missing": (r'task\.jsonl:9: "answer" is missing', lambda b: b.rows(lambda r: r[8].pop("answer"))),
     "answer out of range": (r'task\.jsonl:1: "answer" 4 is neither an option nor an index', lambda b: b.rows(
         lambda r: r[0].update(answer=4))),
-    "options that repeat": (r"task\.jsonl:1: 3 options, of which 2 differ", lambda b: b.rows(
-        lambda r: r[0].update(options=["a", "b", "a"], answer=1))),
+    "options that are all the same": (r"task\.jsonl:1: 3 options, 1 different; give two", lambda b: b.rows(
+        lambda r: r[0].update(options=["a", "a ", "a\u200b"], answer=1))),
     "ids that repeat": (r"task\.jsonl:2: id 'q0' is line 1's too",
           lambda b: b.rows(lambda r: r[1].update(id="q0"))),
     "key twice": (r"task\.jsonl:3: key 'answer' stands there twice", lambda b: b.line(

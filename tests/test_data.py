@@ -1,6 +1,6 @@
 """Data: readers, binary items, halves, pinned downloads, and a user's own file.
 
-Run: python -m pytest tests/test_data.py        (about 7 s; no network)
+Run: python -m pytest tests/test_data.py        (about 15 s; no network)
 
 The openai protocol is compared with digests of what the public code (openai/weak-to-strong 6b450f2) with
 datasets 5.2.0 gives for the official files, read from ../shared/data; without it such tests are skipped.
@@ -20,8 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (DEMO, NONE_OF_THE_ABOVE, OFFICIAL, YES_NO, DataError, Item, Question, Task, completion,
-                  halves, items, load_task, official, prompt, world)
+from data import (DEMO, NONE_OF_THE_ABOVE, OFFICIAL, YES_NO, DataError, Item, Question, Task, cache,
+                  candidate, column_of, completion, distinct, fit, halves, items, load_task, official, plain,
+                  prompt, world)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -119,6 +120,33 @@ def test_an_option_that_repeats_the_right_one():
     assert wrong == {"paper": {0, 3}, "openai": {0, 2, 3}}
     passage = [q._replace(context="text") for q in twice]
     assert {i.option for i in items(passage, protocol="openai", seed=0) if not i.label} == {0, 3}
+
+
+def test_options_of_one_text_are_one_option():
+    """Equal after NFC, trimming and removal of zero-width characters; case and signs still count."""
+    options = ("caf\u00e9", "C", " cafe\u0301\u200b", "c", "C+", "\ufeffC\u00a0")
+    assert distinct(options) == [0, 1, 3, 4]
+    assert [column_of(options, i) for i in range(6)] == [0, 1, 0, 2, 3, 1]
+    assert plain("\u200b \u00ad\u200d") == "" and plain("e\u200d\u0301") == "\u00e9"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_paper_items_are_those_of_the_merged_question(seed):
+    """Right and wrong options that repeat: each text is one option, and drawn as one."""
+    rng, twice, merged = random.Random(seed), [], []
+    for i in range(300):
+        repeated = rng.sample(["fire", "water", "sand", "air"], 3)
+        repeated.insert(rng.randrange(4), rng.choice(repeated) + "\u200b" * rng.randrange(2))
+        q = SCIQ._replace(id=str(i), options=tuple(repeated), answer=rng.randrange(4))
+        twice.append(q)
+        merged.append(q._replace(options=tuple(q.options[n] for n in distinct(q.options)),
+                                 answer=column_of(q.options, q.answer)))
+    a, b = ([(i.question_id, plain(i.text), i.label) for i in items(questions, protocol="paper", seed=seed)]
+            for questions in (twice, merged))
+    assert a == b and {len(set(q.options)) for q in merged} == {3}
+    for item in items(twice, protocol="paper", seed=seed):
+        q = twice[int(item.question_id)]
+        assert item.label == (plain(q.options[item.option]) == plain(q.options[q.answer]))
 
 
 def test_one_label_is_refused():
@@ -220,6 +248,17 @@ def test_sciq_official():
     pool = items(task.train, protocol="paper", seed=0)
     labelled, transfer = halves(pool, task.train, protocol="paper", seed=0)
     assert len(pool) == 11679 and (len(labelled), len(transfer)) == (5840, 5839)
+    assert task.repeated == 44 and sum(len(distinct(q.options)) < 4 for q in task.train) == 33
+    for part, n in ((task.train, 11), (task.test, 2)):      # the right option's text stands there twice
+        twins = 0
+        for q in part:
+            right = {i for i, text in enumerate(q.options) if plain(text) == plain(q.options[q.answer])}
+            if len(right) > 1:
+                shown = [{candidate(q, protocol, random.Random(seed)) for seed in range(99)}
+                         for protocol in ("openai", "paper")]
+                assert shown == [{0, 1, 2, 3}, {0, 1, 2, 3} - right | {q.answer}]
+                twins += 1
+        assert twins == n
     rows = json.loads(zipfile.ZipFile(SHARED / "sciq/SciQ.zip").read("SciQ dataset-2 3/train.json"))
     support = {q.id: row["support"] for q, row in zip(task.train, rows, strict=True)}
     text = {q.id: q.question for q in task.train}
@@ -298,7 +337,22 @@ def test_groups_are_chains_of_shared_keys():
     questions = official.grouped((SCIQ._replace(id=str(i)), k) for i, k in enumerate(keys))
     assert [q.group for q in questions] == ["0", "0", "2", "0", "4", "2"]
     assert official.key("k", ' What  IS "it"?') == official.key("k", "what is it")
-    assert len({official.key("k", t) for t in ("1 + 2", "1 - 2", "1 * 2", "?", "!", "C", "C++")}) == 7
+    different = ("1 + 2", "1 - 2", "1 * 2", "?", "!", "C", "C++", "2", "2.", "(2)", "2?", "2,5", "2.5")
+    assert len({official.key("k", text) for text in different}) == len(different)
+
+
+@needs_shared
+@pytest.mark.parametrize("name, groups, dropped", [("sciq", 11524, 24), ("boolq", 7904, 1453)])
+def test_groups_of_the_official_tasks(name, groups, dropped):
+    """Tied by passage, SciQ by wording too: the 8 of train that ask in test's words with other distractors
+    have its right answer too. No wording of BoolQ stands with two passages."""
+    task = load_task(name, data_dir=SHARED)
+    asked = {q.group for q in task.test}
+    assert len({q.group for q in task.train}) == groups
+    assert sum(q.group in asked for q in task.train) == dropped
+    group = {}
+    for q in task.train + task.test:
+        assert group.setdefault(official.key("question", q.question), q.group) == q.group
 
 
 @needs_shared
@@ -457,11 +511,83 @@ def test_own_file(tmp_path):
     assert task.train[1] == Question("7", "7", "A  passage.", "number 1?", ("one", "two", "three"), 2)
     assert task.train[2] == Question("line5", "7", "", "number 2?", YES_NO, 1)
     assert task.train[3].group == task.train[4].group == "line7"
-    rows[3] |= {"group": "a"}           # a group of its own does not untie a passage
+    assert task.train[6].question == "one\u2028line \u00e9" and task.repeated == 0
+    rows[3] |= {"group": "a"}           # where it is given, it alone decides
     rows[4] |= {"group": "b"}
-    tied = load_task(write(tmp_path / "tied.jsonl", rows)).train
-    assert tied[3].group == tied[4].group
-    assert task.train[6].question == "one\u2028line \u00e9"
+    rows[7] |= {"group": "c"}
+    rows[8] |= {"group": "c"}
+    rows[9] |= {"context": "P", "question": "third"}
+    apart = load_task(write(tmp_path / "apart.jsonl", rows)).train
+    assert [q.group for q in apart[3:5] + apart[7:10]] == ["line4", "line5", "line8", "line8", "line10"]
+
+
+def test_own_file_with_options_that_repeat(tmp_path):
+    """Each text once, where it stands first; the answer follows; the rest of the file as ever."""
+    rows, twins = [row(i) for i in range(60)], ["a", "b ", "b", "c", "\u200ba"]
+    for i in range(5):
+        rows[i] |= {"options": twins, "answer": i}
+    rows[5] |= {"options": twins, "answer": "\tb\u200d"}
+    rows[6] |= {"options": ["no\u00a0", "Yes", "no"], "answer": 2}
+    rows[7] |= {"options": ["a", "A", "a."], "answer": 1, "context": "\u200b"}
+    task = load_task(write(tmp_path / "twins.jsonl", rows))
+    by_id = {q.id: q for q in task.train + task.test}
+    found = [by_id[f"line{i + 1}"] for i in range(8)]
+    assert {q.options for q in found[:6]} == {("a", "b ", "c")}
+    assert [q.answer for q in found[:6]] == [0, 1, 1, 2, 0, 1]
+    assert found[6][4:] == (YES_NO, 0) and found[7][2:] == ("", "number 7?", ("a", "A", "a."), 1)
+    assert len(by_id) == 60 and task.repeated == 6 * 2 + 1
+
+
+def test_an_index_that_is_another_options_text_too_is_warned_of_once(tmp_path, capsys):
+    rows = [row(i) for i in range(60)]
+    rows[3] |= {"options": ["0", "1", "2"], "answer": 1}        # the index and the text of one option
+    rows[4] |= {"options": ["1", "2", "3"], "answer": "2"}      # a text
+    rows[5] |= {"options": ["4", "4 ", "5"], "answer": 1}       # option 1 is option 0, and neither is "1"
+    load_task(write(tmp_path / "clear.jsonl", rows))
+    assert capsys.readouterr().err == ""
+    rows[6] |= {"options": ["1", " 2", "3"], "answer": 2}
+    rows[8] |= {"options": ["3", "1", "2", "0"], "answer": 0}
+    path = write(tmp_path / "doubtful.jsonl", rows)
+    task = load_task(path)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"selw2s: warning: {path}:7: ") and "(2 such line(s))" in line
+    answers = {q.id: q.answer for q in task.train + task.test}
+    assert answers["line7"] == 2 and answers["line9"] == 0 == answers["line6"]
+
+
+def left_out(tmp_path, train, test):
+    """How many training questions of a file are left out as test asks them: at most the first; 70 differ."""
+    rest = [row(i, split="train" if i < 70 else "test") for i in range(30, 100)]
+    rows = [row(0, split="train") | train, row(0, split="test") | test, *rest]
+    return fit(load_task(write(tmp_path / "pair.jsonl", rows)), [], 999)[1]["left_out"]
+
+
+@pytest.mark.parametrize("train, test, same", [
+    ({}, {}, True),
+    ({"question": "NUMBER  0"}, {"question": "number 0 ?!"}, True),
+    ({"question": "cafe\u0301"}, {"question": "caf\u00e9\u200b"}, True),
+    ({"options": ["three", "ONE", "two."], "answer": 1}, {}, True),             # in any order
+    ({"options": ["one", "two", "three", "two"]}, {}, True),
+    ({"question": "Which is one?", "options": ["cat", "fir"]}, {"question": "Which is one?"}, False),
+    ({"options": ["one", "two", "four"]}, {}, False),
+    ({"question": "2."}, {"question": "2?"}, False), ({"question": "2"}, {"question": "(2)"}, False),
+    ({"options": ["2.", "3"], "answer": 0}, {"options": ["(2)", "3"], "answer": 0}, False),
+    ({"context": "A passage."}, {"context": "a  passage", "question": "Who?"}, True),
+    ({"context": "One."}, {"context": "Two."}, False), ({"context": "One."}, {}, False),
+    ({"group": "a"}, {"group": "b"}, False), ({"group": "a"}, {"group": "a", "question": "Who?"}, True),
+    ({"group": "a", "context": "One."}, {"group": "b", "context": "One."}, False),
+    ({"group": "a"}, {}, False),
+])
+def test_two_questions_are_the_same_when_context_wording_and_options_are(tmp_path, train, test, same):
+    assert left_out(tmp_path, train, test) == int(same)
+
+
+def test_one_wording_many_questions(tmp_path):
+    """As in COPA and ARC: 'Which of these is a mammal?' of other options is another question."""
+    rows = [row(i, question="Which of these is it?", options=[f"a{i}", f"b{i}"], answer=i % 2,
+                split="train" if i < 700 else "test") for i in range(900)]
+    task, counts = fit(load_task(write(tmp_path / "arc.jsonl", rows)), [], 999)
+    assert (len(task.train), len(task.test), counts["left_out"]) == (700, 200, 0)
 
 
 def test_split_by_group_is_a_fifth_and_fixed(tmp_path):
@@ -484,7 +610,11 @@ BAD = {  # what stands on line 3: what the error says after "file:3: "
     '{"question": "", "options": ["a", "b"], "answer": 0}': "not empty",
     '{"question": "q", "options": ["a"], "answer": 0}': "give two or more",
     '{"question": "q", "options": [], "answer": 0}': "give two or more",
-    '{"question": "q", "options": ["a", "b", "a"], "answer": 1}': "3 options, of which 2 differ",
+    '{"question": "q", "options": ["a", " a", "a\\u200b"], "answer": 1}': "3 options, 1 different; give two",
+    '{"question": "q", "options": ["\\u00e9", "e\\u0301"], "answer": 1}': "2 options, 1 different",
+    '{"question": "q", "options": ["a", "\\u200b"], "answer": 0}': "not empty",
+    '{"question": "\\u200b", "options": ["a", "b"], "answer": 0}': "not empty",
+    '{"question": "q", "options": ["a", "b", "b "], "answer": 3}': "an index from 0 to 2",
     '{"question": "q", "options": ["a", "b"], "answer": 2}': "neither an option nor an index from 0 to 1",
     '{"question": "q", "options": ["a", "b"], "answer": -1}': '"answer" -1 is neither',
     '{"question": "q", "options": ["a", "b"], "answer": "c"}': "\"answer\" 'c' is neither",
@@ -573,7 +703,22 @@ def test_fuzz_gives_a_task_or_a_data_error(tmp_path_factory, rows, place, cut, j
     except DataError as error:
         assert str(path) in str(error)
     else:
-        assert all(0 <= q.answer < len(q.options) for q in task.train + task.test)
+        assert all(0 <= q.answer < len(q.options) == len(distinct(q.options)) > 1
+                   for q in task.train + task.test)
+
+
+# -- finished stages ---------------------------------------------------------------------------------------
+
+def test_peak_memory_of_every_system(monkeypatch):
+    """ru_maxrss is in KiB, on macOS in bytes; Windows has no such module, and no number."""
+    import resource
+    usage = type("Usage", (), {"ru_maxrss": 3_000_000})
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    for platform, peak in (("linux", 3.072), ("darwin", 0.003)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert cache.peak_gb("cpu") == peak
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert cache.peak_gb("cpu") is None
 
 
 # -- the same in every process ---------------------------------------------------------------------------

@@ -158,6 +158,22 @@ def test_probe_gradient_is_zero_for_soft_targets():
     assert float(gradient.norm()) <= 2e-8 and abs(float((probe.predict(x) - y).mean())) <= 2e-8
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("fixed", [None, 0.1])
+def test_probe_of_features_or_targets_that_are_not_finite_ends_at_once(value, fixed, monkeypatch):
+    """In the first Newton step, before its conjugate gradients: those of a wide probe spin for minutes."""
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits",
+                        lambda *_: pytest.fail("went on"))
+    x, y = blobs(60, 7)
+    x[41, 3] = value
+    with pytest.raises(s.TrainError, match="^the probe's features are not finite: use --dtype bfloat16"):
+        s.fit_probe(x, y, l2=fixed)
+    x, y = blobs(60, 7)
+    y[41] = value
+    with pytest.raises(s.TrainError, match="not finite"):
+        s.fit_probe(x, y, l2=fixed)
+
+
 def test_probe_cross_validation_respects_folds():
     """A feature naming the group predicts within a group and nothing beyond: only grouped folds see that."""
     g = torch.Generator().manual_seed(0)

@@ -218,6 +218,30 @@ def test_missing_model_is_one_line(tiny, tmp_path, capsys):
     assert error.startswith("selw2s: ") and "nowhere" in error and "\n" not in error
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_cannot_print_a_character(encoding, tmp_path):
+    """What it cannot print is escaped, on stdout (the configuration) and on stderr (the error)."""
+    done = program("--task", "\u6f22.jsonl", "--weak", "a", "--strong", "b", "--out", str(tmp_path / "out"),
+                   PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert done.returncode == 2 and r"task=\u6f22.jsonl" in done.stdout
+    assert done.stderr.startswith(r"selw2s: \u6f22.jsonl: cannot be read") and done.stderr.count("\n") == 1
+
+
+def test_what_the_graph_refuses_is_one_line(tiny, monkeypatch, capsys):
+    from graph import affinity, knn, propagate
+    nan, index, S = torch.full((2, 1), torch.nan), torch.tensor([[1], [0]]), torch.eye(2)
+    for name, fault in (("knn", lambda config: knn(nan, 1)),
+                        ("affinity", lambda config: affinity(index, nan)),
+                        ("propagate", lambda config: propagate(S, torch.ones(2, 1), 2.0))):
+        monkeypatch.setattr(selw2s, "run", fault)
+        assert selw2s.main([*tiny]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"selw2s: {name}: ") and error.count("\n") == 1
+    monkeypatch.setattr(selw2s, "run", lambda config: int("no number"))     # a fault of the program
+    with pytest.raises(ValueError, match="no number"):
+        selw2s.main([*tiny])
+
+
 def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
     def stop(*a, **k):
         raise KeyboardInterrupt
@@ -370,6 +394,44 @@ def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):
             logp = model.logits(hidden)[0].log_softmax(-1)
             scores.append(sum(float(logp[t - 1, whole[t]]) for t in range(len(head), len(whole))))
         assert own == float(int(np.argmax(scores)) == int(shown))
+
+
+@pytest.mark.parametrize("own", ["sum", "mean", "pmi"])
+def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
+    """Own answer, belief, zero-shot, P(IK)'s target, what an answering student is given: by text, as if the
+    question had the option once, whichever of the twins is shown or right."""
+    from data import Item, Question
+    config = selw2s.parse([*tiny, "--own", own, "--student", "answer", "--out", str(tmp_path)])
+    strong = selw2s.pretrained(tiny[5], True, config)
+    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
+    said = []
+    for options, places, answer in ((("red", "blue", "red", "gold"), (0, 1, 2, 3), 2),
+                                    (("red", "blue", "gold"), (0, 1, 0, 2), 0)):
+        questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
+        part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
+                for n, (q, place) in enumerate(zip(questions, places))]
+        elicited = selw2s.elicit(config, "test", strong, part, questions, nothing, Stages(tmp_path, print))
+        gold = selw2s.right_option(config, part, questions)
+        inputs = selw2s.student_inputs(config, strong, part, questions)
+        whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
+        said.append((inputs, *elicited, gold, selw2s.own_right(config, whole)))
+    for twins, once in zip(*said):
+        assert torch.equal(twins, once) if isinstance(once, torch.Tensor) else twins == once
+    _, label, zero_shot, belief, *_, gold, right = said[0]
+    assert belief.shape == (4, 3) and label[0] == label[2] == right[0] and gold.tolist() == [0] * 4
+    assert zero_shot[0] == zero_shot[2] and float(zero_shot[[0, 1, 3]].sum()) == pytest.approx(1)
+
+
+def test_the_data_line_counts_options_that_repeat(tiny):
+    from types import SimpleNamespace
+    config, told = selw2s.parse([*tiny]), []
+    model = SimpleNamespace(network=SimpleNamespace(config=SimpleNamespace(context=128)),
+                            tokenizer=SimpleNamespace(encode=lambda texts: [[0] for _ in texts]))
+    task = selw2s.load_task(tiny[1])
+    for repeated in (0, 3):
+        selw2s.fitted(task._replace(repeated=repeated), (model, model), config, told.append)
+    assert "repeat" not in told[0]
+    assert "; 3 option(s) repeat another of their question and count once" in told[1]
 
 
 def test_sweep_smooths_on_the_middle_layer_alone_where_it_says_so(tiny, tmp_path, monkeypatch):
