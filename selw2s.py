@@ -205,8 +205,9 @@ def parse(argv: list[str] | None = None) -> Config:
     if not config.task.startswith("demo-") and not (config.weak and config.strong):
         command_line.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
                            "(only the demo tasks bring their own)")
-    if config.task.endswith(".jsonl") and config.analysis == "cross-task":
-        command_line.error("--analysis cross-task needs a demo or an official task")
+    if config.analysis == "cross-task" and (config.task.endswith(".jsonl") or config.route != "probe"):
+        command_line.error("--analysis cross-task needs a demo or an official task, and --route probe: tasks "
+                           "differ in their number of options")
     return config
 
 
@@ -309,11 +310,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
 
     def compute():
         student = finetune(start.network, inputs, targets, target_fn=rule, progress=counter(name), **settings)
-        state = student.state()
-        if not all(x.isfinite().all() for x in state.values()):
-            raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
-                             f"{start.lr}): lower it")
-        out = {f"p{i}": student.predict(part) for i, part in enumerate(ask)}
+        state, out = student.state(), {f"p{i}": student.predict(part) for i, part in enumerate(ask)}
         if keep:
             out |= {f"state.{key}": x.cpu() for key, x in state.items()}
         return out | {"weights": digest(*(state[key] for key in sorted(state)))}

@@ -1,10 +1,10 @@
 """The reference runs kept in data/results, and what README.md and data/results/README.md show of them.
 
     python tests/make_results.py                    write the generated parts of both files
-    python tests/make_results.py --run              make the demo's reference runs again first: an hour on two cores
+    python tests/make_results.py --run              make the demo's reference runs again first: an hour
     python tests/make_results.py --run demo-sciq    only some of them
     python tests/make_results.py --run sciq-answer  a run of the real pair: hours; see tests/make_pair.py
-    python tests/make_results.py --cosmosqa FILE.jsonl [--data-dir DIR]    CosmosQA's validation file as a task
+    python tests/make_results.py --cosmosqa FILE.jsonl    CosmosQA's validation file as a task
 
 The real runs read the pair from ./pair and the official files from $SELW2S_DATA.
 """
@@ -39,8 +39,8 @@ REFERENCE = {       # folder in data/results: flags of the run, files kept of it
        for kind, task in (("cross-task", "demo-sciq"), ("difficulty", "demo-sciq"),
                           *(("sweep", task) for task in TASKS))}}
 PAIR = ("--weak", "pair/smollm2-135m", "--strong", "pair/gemma-3-270m")
-STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only", "selective",
-            "fused")
+STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
+            "selective", "fused")
 ANSWER = ("--student", "answer")
 REAL = {            # the same for the real pair; a run that was not made is "not measured" in the tables
     "sciq-classifier": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS),
@@ -102,10 +102,10 @@ def measure_decisions() -> None:
     (RESULTS / "decisions.json").write_text(text + "\n", "utf-8")
 
 
-def cosmosqa_task(file: str, data_dir: str | None) -> None:
-    """CosmosQA's official validation questions, one JSON object a line; without "split", the program parts train
-    and test by context (data/jsonl.py). For where the official training file is not at hand."""
-    text = official.content("cosmosqa/valid.csv", data_dir).decode()
+def cosmosqa_task(file: str) -> None:
+    """CosmosQA's official validation questions, one JSON object a line; without "split", the program parts
+    train and test by context (data/jsonl.py). For where the official training file is not at hand."""
+    text = official.content("cosmosqa/valid.csv", None).decode()
     rows = [{"id": row["id"], "context": row["context"], "question": row["question"],
              "options": [row[f"answer{i}"] for i in range(4)], "answer": int(row["label"])}
             for row in csv.DictReader(io.StringIO(text, newline=""))]
@@ -113,7 +113,7 @@ def cosmosqa_task(file: str, data_dir: str | None) -> None:
     print(f"{file}: {len(rows):,} questions")
 
 
-# --------------------------------------------------------------------------------------------- generated parts
+# -------------------------------------------------------------------------------------------- generated parts
 def kept(name: str) -> dict | None:
     """result.json of a reference run; None if it was not made yet."""
     file = RESULTS / name / "result.json"
@@ -163,7 +163,8 @@ def main_table(names) -> str:
         cells = [cell(result, m) for m in ("weak", "zero-shot", "naive", "selective", "fused", "ceiling")]
         cells += [difference(result, "selective", other) for other in ("naive", "zero-shot")]
         cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "selective")]
-        cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}", f"{seconds(result) / 60:.1f}"]
+        cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
+                  f"{seconds(result) / 60:.1f}"]
         lines.append(row_of([f"[{name}](data/results/{name}/result.json)", *cells]))
         commands.append(f"    {result['command']}")
     return "\n".join(lines) + "\n\nmade by\n\n" + "\n".join(commands)
@@ -186,18 +187,27 @@ def methods_table(names) -> str:
     lines = [row_of(["accuracy on test [95 % interval]", *runs]), "|---" * (len(runs) + 1) + "|"]
     lines += [row(titles.get(m, m), lambda r, m=m: cell(r, m)) for m in methods]
     lines.append(row("majority class", lambda r: f"{r['metrics']['majority']:.3f}"))
-    lines.append(row("own answers right, questions of D_u", mean(lambda d: d["p_ik"]["transfer"]["own_right"])))
+    lines.append(row("own answers right, questions of D_u",
+                     mean(lambda d: d["p_ik"]["transfer"]["own_right"])))
     for router in ("probe", "belief", "both"):
         for part, where in (("transfer", "D_u"), ("test", "test")):
-            lines.append(row(f"P(IK) by {router}: AUROC / ECE on {where}", lambda r, a=router, b=part: " / ".join(
-                f"{np.mean([s['diagnostics']['routers'][a][b][m] for s in r['seeds']]):.3f}" for m in ("auroc", "ece"))))
+            lines.append(row(f"P(IK) by {router}: AUROC / ECE on {where}",
+                             lambda r, a=router, b=part: router_cell(r, a, b)))
     lines.append(row("tau's rule, by seed", lambda r: " ".join(s["tau_rule"] for s in r["seeds"])))
     lines.append(row("own label used on D_u", mean(lambda d: d["coverage"])))
-    for key in dict.fromkeys(k for r in runs.values() for k in r["seeds"][0]["diagnostics"]["label_accuracy"]):
-        title = key.removeprefix("label/").replace("_", " ") + ("'s labels right" if "/" in key else " labels right")
-        lines.append(row(title, lambda r, k=key: label_cell(r, k)))
-    lines.append(row("supervisor right on D_l, cross-fitted", lambda r: f"{r['metrics']['supervisor']['cross_fitted']:.3f}"))
+    sources = [r["seeds"][0]["diagnostics"]["label_accuracy"] for r in runs.values()]
+    for key in dict.fromkeys(key for source in sources for key in source):
+        title = f"labels right: {key.removeprefix('label/').replace('_', ' ')}"
+        lines.append(row(title + ("'s" if "/" in key else ""), lambda r, k=key: label_cell(r, k)))
+    lines.append(row("supervisor right on D_l, cross-fitted",
+                     lambda r: f"{r['metrics']['supervisor']['cross_fitted']:.3f}"))
     return "\n".join(lines)
+
+
+def router_cell(result: dict, router: str, part: str) -> str:
+    """AUROC / ECE of P(IK) by one router, means over seeds."""
+    rows = [seed["diagnostics"]["routers"][router][part] for seed in result["seeds"]]
+    return " / ".join(f"{mean_of(rows, key):.3f}" for key in ("auroc", "ece"))
 
 
 def label_cell(result: dict, key: str) -> str:
@@ -231,7 +241,8 @@ def smoothing_table(_: str) -> str:
     how, middle = " (graph-only)", " (graph-only, middle layer)"
     fixed = [title[:-len(how)] for title in kept("sweep-sciq")["analysis"]
              if title.startswith("alpha ") and title.endswith(how)]
-    lines = [row_of(["labels of D_u right", "graph on", *fixed, "chosen on D_l"]), "|---" * (len(fixed) + 3) + "|"]
+    lines = [row_of(["labels of D_u right", "graph on", *fixed, "chosen on D_l"]),
+             "|---" * (len(fixed) + 3) + "|"]
     for task in TASKS:
         rows, chosen = kept(f"sweep{task.removeprefix('demo')}")["analysis"], kept(task)
         alone = chosen["metrics"]["methods"]["graph-only"]["label_accuracy"]
@@ -249,7 +260,8 @@ def choice_table(_: str) -> str:
     lines = [row_of(["labels of D_u right", *views, "seeds"]), "|---" * (len(views) + 2) + "|"]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
-        lines.append(row_of([task, *(f"{np.mean([r[v]['accuracy'] for r in mine]):.3f}" for v in views), str(len(mine))]))
+        cells = [f"{np.mean([r[v]['accuracy'] for r in mine]):.3f}" for v in views]
+        lines.append(row_of([task, *cells, str(len(mine))]))
     return "\n".join(lines)
 
 
@@ -275,7 +287,34 @@ def demo_table(_: str) -> str:
     return "\n".join("    " + line for line in printed[start:end])
 
 
-PARTS = {"demo": lambda _: main_table(TASKS), "real": lambda _: main_table(REAL), "output": demo_table,
+def verdict(result: dict, other: str) -> str:
+    """What the paired interval of selective's difference to another row says."""
+    low, high = result["metrics"]["methods"]["selective"][f"minus_{other}"]["ci95"]
+    if low > 0:
+        return f"above {other}"
+    return f"below {other}" if high < 0 else f"not told apart from {other}"
+
+
+def finding(_: str) -> str:
+    """One paragraph: what the method did on real data, as it came out."""
+    for name in ("sciq-answer", "sciq-classifier"):
+        result = kept(name)
+        if result:
+            seeds, n = len(result["seeds"]), result["metrics"]["test_items"]
+            cells = [f"{title} {cell(result, m)}" for m, title in (
+                ("weak", "weak"), ("zero-shot", "the strong model untouched (zero-shot)"), ("naive", "naive"),
+                ("selective", "**selective**"), ("ceiling", "ceiling"))]
+            return (f"On official SciQ ({n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}; real "
+                    f"models, 135M and 268M parameters, `--student {result['config']['student']}`): "
+                    f"{', '.join(cells)}. Selective is {verdict(result, 'naive')} "
+                    f"({difference(result, 'selective', 'naive')}) and {verdict(result, 'zero-shot')} "
+                    f"({difference(result, 'selective', 'zero-shot')}): "
+                    f"[result](data/results/{name}/result.json), made by `{result['command']}`.")
+    return "On real data: not measured yet (`python tests/make_results.py --run sciq-answer`)."
+
+
+PARTS = {"finding": finding, "demo": lambda _: main_table(TASKS), "real": lambda _: main_table(REAL),
+         "output": demo_table,
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
          "analysis": analysis_table, "smoothing": smoothing_table, "choice": choice_table,
          "decisions": decisions_table}
@@ -290,7 +329,7 @@ def generated(text: str) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--cosmosqa"]:
-        return cosmosqa_task(sys.argv[2], sys.argv[4] if sys.argv[3:4] == ["--data-dir"] else None)
+        return cosmosqa_task(sys.argv[2])
     if sys.argv[1:2] == ["--run"]:
         make(sys.argv[2:] or [*REFERENCE, "decisions"])
     for page in PAGES:

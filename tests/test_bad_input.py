@@ -422,9 +422,9 @@ FLAGS = {
           lambda b: b.flag("--device", "tpu")),
     "device without data": (r"weak: device 'meta' cannot be used", lambda b: b.flag("--device", "meta")),
     "keep of a method that is not run": (r"--keep", lambda b: b.flag("--keep", "selective")),
-    "learning rate too high": (r"(the loss is .* at step \d+|not finite after the last) .*lower it",
+    "learning rate too high": (r"(the loss is .* at step \d+|weights are not finite after step) .*lower it",
                                lambda b: b.flag("--lr", "1e30")),
-    "learning rate too high in the only step": (r"weak: its weights are not finite", lambda b: b.flag(
+    "learning rate too high in the only step": (r"not finite after step 1, the last .*lower it", lambda b: b.flag(
         "--lr", "1e38", "--epochs", "1", "--batch", "1000", "--tune", "head")),
     "rerun of nothing": (r"none\.json", lambda b: b.flag("--rerun", str(b.folder / "none.json"))),
     "rerun of a directory": (r"weak", lambda b: b.flag("--rerun", str(b.weak))),

@@ -73,7 +73,8 @@ def test_reference_runs_are_of_one_code_and_say_their_command():
     real = {name: make_results.kept(name) for name in make_results.REAL}
     for name, run in (runs | real).items():
         flags = (make_results.REFERENCE | make_results.REAL)[name][0]
-        assert run is None or run["finished"] and run["command"] == shlex.join(["python", "selw2s.py", *flags])
+        command = shlex.join(["python", "selw2s.py", *flags])
+        assert run is None or run["finished"] and run["command"] == command
     for name in make_results.TASKS:
         assert (len(runs[name]["seeds"]) == 6
                 and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHODS)
@@ -84,8 +85,8 @@ ALLOWED = {"selw2s": {"model", "graph", "data"}, "model": {"data"}, "graph": set
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_imports_point_one_way(file):
-    """selw2s -> model, graph, data; model -> data.families, data.tokens; graph -> torch alone; nothing imports
-    selw2s but functions of data.results.analyses."""
+    """selw2s -> model, graph, data; model -> data.families, data.tokens; graph -> torch alone; nothing
+    imports selw2s but functions of data.results.analyses."""
     tree, room = ast.parse(file.read_text("utf-8")), file.relative_to(ROOT).with_suffix("").parts
     found = {}
     for node in ast.walk(tree):
@@ -132,7 +133,7 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path):
 
 
 def test_the_text_of_the_world_is_shown():
-    out = subprocess.run([sys.executable, "tests/make_demo.py", "--show"], cwd=ROOT, capture_output=True, text=True,
+    out = subprocess.run([sys.executable, "tests/make_demo.py", "--show"], cwd=ROOT, capture_output=True,
                          check=True)
     assert len(out.stdout.splitlines()) >= 40
 
