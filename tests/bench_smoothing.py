@@ -5,8 +5,9 @@
 Weak labels are smoothed alone (as in graph-only). Each view chooses alpha, k and the layer on D_l:
     fold          a graph per fold of D_l: labels of one supervisor, but a fifth of the density
     fold, k/5     the same, k divided by the number of folds: the same neighbourhood
-    all           one graph of D_l: the density, but labels of several supervisors, some of which saw the neighbours' truth
-    fold + D_u    a graph per fold of that fold and D_u, labelled by that fold's supervisor (what selw2s.py does)
+    all           one graph of D_l: the density, but labels of several supervisors, some of which saw the
+                  neighbours' truth
+    fold + D_u    a graph per fold, of it and D_u, labelled by that fold's supervisor: what selw2s.py does
 Beside them: no smoothing, and the best of the grid on D_u, which nobody can choose. Writes JSON with --out.
 """
 import json
@@ -29,7 +30,8 @@ def d_l_views(prep, by_fold: bool) -> list:
     learn, out = prep.learn, []
     for f in learn.fold.unique() if by_fold else [None]:
         at = torch.ones(len(learn.fold), dtype=torch.bool) if f is None else learn.fold == f
-        out.append(selw2s.View(learn.item_state[at], learn.weak[at], learn.truth[at], torch.ones(int(at.sum())).bool()))
+        scored = torch.ones(int(at.sum()), dtype=torch.bool)
+        out.append(selw2s.View(learn.item_state[at], learn.weak[at], learn.truth[at], scored))
     return out
 
 
@@ -56,7 +58,8 @@ def measure(prep, config) -> dict:
     near = selw2s.choose_smoothing(d_l_views(prep, True), config)
     chosen["fold, k/5"] = near._replace(k=ks[selw2s.KS.index(near.k)])
     selw2s.KS = ks
-    out = {"none": {"accuracy": accuracy(transfer.weak, truth)}, "best": {"accuracy": best_on_transfer(prep, config)}}
+    out = {"none": {"accuracy": accuracy(transfer.weak, truth)},
+           "best": {"accuracy": best_on_transfer(prep, config)}}
     for view, c in chosen.items():
         p = selw2s.smooth(transfer.item_state[:, c.layer], transfer.weak, c.alpha, c.k, config.gamma)
         out[view] = {"accuracy": accuracy(p, truth), **c._asdict()}
@@ -76,7 +79,8 @@ def main() -> None:
         rows.append({"task": task.name, "seed": seed, "folds": config.folds, **measure(prep, config)})
         print(json.dumps(rows[-1]), flush=True)
     views = [key for key in rows[0] if key not in ("task", "seed", "folds")]
-    print(f"{task.name}: " + ", ".join(f"{v} {sum(r[v]['accuracy'] for r in rows) / len(rows):.3f}" for v in views))
+    means = [f"{view} {sum(row[view]['accuracy'] for row in rows) / len(rows):.3f}" for view in views]
+    print(f"{task.name}: {', '.join(means)}")
 
 
 if __name__ == "__main__":

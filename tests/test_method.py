@@ -91,7 +91,8 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
         names = np.array([f"q{i}/0" for i in range(n)])
         test = {"id": names, "group": names, "truth": truth, **p}
         return {"test": test, "transfer": {"truth": truth, "weak": truth}, "truth_used": {"ceiling": 7},
-                "cross_fitted": 0.9, "n": {"labelled": 5, "transfer": n}, "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
+                "cross_fitted": 0.9, "n": {"labelled": 5, "transfer": n},
+                "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
     small = r.summarise([fake(0.70, 0.702, 0.703)], methods)
     assert small["pgr_defined"] is False and small["methods"]["naive"]["pgr"] is None
@@ -274,10 +275,12 @@ def part(n, seed=0, fold=True):
     truth = (torch.rand(n, generator=g) < 0.5).float()
     items = [s.Item(f"q{i}/{o}", f"q{i}", "", int(o), int(t)) for i, (o, t) in enumerate(zip(option, truth))]
     belief = p / p.sum(1, keepdim=True)
-    known = dict(truth=truth, gold=torch.randint(4, (n,), generator=g), fold=torch.arange(n) % 5) if fold else {}
+    known = {}
+    if fold:
+        known = dict(truth=truth, gold=torch.randint(4, (n,), generator=g), fold=torch.arange(n) % 5)
     return s.Part(items, [None] * n, [[i] for i in range(n)], torch.rand(n, generator=g),
-                  (belief.argmax(1) == option).float(), belief.gather(1, option[:, None])[:, 0].float(), belief,
-                  torch.randn(n, 2, 3, generator=g), torch.randn(n, 2, 3, generator=g), **known)
+                  (belief.argmax(1) == option).float(), belief.gather(1, option[:, None])[:, 0].float(),
+                  belief, torch.randn(n, 2, 3, generator=g), torch.randn(n, 2, 3, generator=g), **known)
 
 
 def prepared(n=50, m=40):
@@ -297,7 +300,8 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
             weak = torch.cat([prep.learn.weak[at], prep.by_fold[f]])
             own, is_own = torch.cat([prep.learn.own[at], prep.transfer.own]), torch.cat([own_l[at], own_u])
             assert torch.equal(view.prior, torch.where(is_own, own, weak) if anchors else weak)
-            assert torch.equal(view.features, torch.cat([prep.learn.item_state[at], prep.transfer.item_state]))
+            states = torch.cat([prep.learn.item_state[at], prep.transfer.item_state])
+            assert torch.equal(view.features, states)
             assert view.scored.tolist() == (~own_l[at]).tolist() + [False] * 40
             assert torch.equal(view.truth[:10], prep.learn.truth[at]) and view.truth[10:].isnan().all()
 
@@ -329,14 +333,16 @@ def test_thresholds_by_hand():
     name, tau_l, tau_u = s.thresholds(s.Config(tau=0.7), prep, p)
     assert name == "fixed" and (tau_u == np.float32(0.7)).all()
     name, tau_l, tau_u = s.thresholds(s.Config(tau="item"), prep, p)
-    sure = s.fit_probe(s.log_odds(learn.weak).abs()[:, None], ((learn.weak > 0.5) == (learn.truth > 0.5)).double(),
-                       fold=learn.fold)
+    weak_right = ((learn.weak > 0.5) == (learn.truth > 0.5)).double()
+    sure = s.fit_probe(s.log_odds(learn.weak).abs()[:, None], weak_right, fold=learn.fold)
     confidence = sure.predict(s.log_odds(prep.transfer.weak).abs()[:, None])
     torch.testing.assert_close(tau_u, ((confidence - q) / (1 - q)).float())
     torch.testing.assert_close(tau_l, ((sure.held_out - q) / (1 - q)).float())
     name, tau_l, _ = s.thresholds(s.Config(), prep, p)
-    right = {rule: m.accuracy(s.route(p, learn.own, learn.weak, s.thresholds(s.Config(tau=rule), prep, p)[1])[0],
-                              learn.truth) for rule in s.TAU_RULES}
+    right = {}
+    for rule in s.TAU_RULES:
+        tau = s.thresholds(s.Config(tau=rule), prep, p)[1]
+        right[rule] = m.accuracy(s.route(p, learn.own, learn.weak, tau)[0], learn.truth)
     assert right[name] == max(right.values()) and len(set(right.values())) > 1
 
 
@@ -349,7 +355,8 @@ def test_thresholds_where_every_own_label_is_right():
 
 def test_routers_see_what_they_say():
     some = part(9)
-    assert all(torch.equal(x, some.prompt_state[:, r].double()) for r, x in enumerate(s.router_features("probe", some)))
+    for r, state in enumerate(s.router_features("probe", some)):
+        assert torch.equal(state, some.prompt_state[:, r].double())
     belief, = s.router_features("belief", some)
     assert belief.shape == (9, 4) and (belief.diff(dim=1) <= 0).all()
     torch.testing.assert_close(belief.exp().sum(1), torch.ones(9, dtype=torch.float64))
@@ -359,7 +366,8 @@ def test_routers_see_what_they_say():
 
 def test_belief_tells_right_answers_where_the_state_does_not():
     prep = prepared(200, 40)
-    gold = torch.where(prep.learn.belief.amax(1) > 0.4, prep.learn.belief.argmax(1), (prep.learn.belief.argmax(1) + 1) % 4)
+    own = prep.learn.belief.argmax(1)
+    gold = torch.where(prep.learn.belief.amax(1) > 0.4, own, (own + 1) % 4)
     prep = prep._replace(learn=prep.learn._replace(gold=gold))
     right = (prep.learn.belief.argmax(1) == gold).double()
     area = {router: m.auroc(s.know(s.Config(), prep, router).learn, right) for router in s.ROUTERS}
@@ -375,7 +383,8 @@ def test_fused_is_a_logistic_regression_on_six_named_features():
     got = s.fused(prep, p_l, p_u)
 
     def features(some, p):
-        weak, strong = (np.log(x / (1 - x)) for x in (some.weak.double().numpy(), some.zero_shot.double().numpy()))
+        weak, strong = (np.log(x / (1 - x)) for x in (some.weak.double().numpy(),
+                                                      some.zero_shot.double().numpy()))
         p = p.double().numpy()
         return np.stack([weak, strong, p, weak * strong, weak * p, strong * p], 1)
     x = features(prep.learn, p_l)
@@ -383,8 +392,8 @@ def test_fused_is_a_logistic_regression_on_six_named_features():
     l2 = s.fit_probe(torch.tensor(x), prep.learn.truth, fold=prep.learn.fold).l2
     model = linear_model.LogisticRegression(C=1 / (l2 * 200), tol=1e-12, max_iter=100000)
     model.fit((x - mean) / scale, prep.learn.truth.numpy())
-    np.testing.assert_allclose(got.numpy(), model.predict_proba((features(prep.transfer, p_u) - mean) / scale)[:, 1],
-                               atol=2e-6)
+    expected = model.predict_proba((features(prep.transfer, p_u) - mean) / scale)[:, 1]
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- losses
@@ -432,7 +441,8 @@ def test_stage_is_computed_once_and_again_when_damaged(tmp_path):
         return {"p": torch.arange(4.0), "n": torch.tensor([7]), "weights": "a hash"}
     first = stages("finetune", "weak", (1, torch.ones(2)), compute)
     again = s.Stages(tmp_path, told.append)("finetune", "cross", (1, torch.ones(2)), compute)
-    assert len(calls) == 1 and torch.equal(first["p"], again["p"]) and set(again) == {"p", "n", "weights"} and again["weights"] == "a hash"
+    assert len(calls) == 1 and torch.equal(first["p"], again["p"])
+    assert set(again) == {"p", "n", "weights"} and again["weights"] == "a hash"
     stages("finetune", "weak", (2, torch.ones(2)), compute)
     assert len(calls) == 2
     file = sorted(tmp_path.iterdir())[0]
@@ -467,8 +477,8 @@ def diagnosed():
     naive = np.array([.8, .9, .1, .6, .2, .8, .9, .4])    # right: 0 1 3 4 7; wrong: 2 5 6
     ceiling = np.array([.9, .9, .9, .6, .1, .1, .9, .3])  # right: all but 6; known (3/4 sure): 0 1 2 4 5
     part = {"id": np.arange(8).astype(str), "truth": y, "own": y, "own_p": weak, "own_right": y, "p_ik": weak,
-            "p_ik/probe": weak, "p_ik/belief": 1 - y, "tau": np.full(8, 0.5), "p/weak": weak, "p/naive": naive,
-            "p/ceiling": ceiling}
+            "p_ik/probe": weak, "p_ik/belief": 1 - y, "tau": np.full(8, 0.5),
+            "p/weak": weak, "p/naive": naive, "p/ceiling": ceiling}
     transfer = part | {"weak": weak, "is_self": np.array([True] * 2 + [False] * 6), "refined": naive,
                        "smoothed_weak": naive, "label/naive": weak}
     return r.diagnose({"transfer": transfer, "test": part, "homophily": 0.5}, ("weak", "naive", "ceiling"))
@@ -504,7 +514,8 @@ def test_known_and_unknown_imitation_and_misfit_by_hand():
 
 def test_every_router_is_diagnosed():
     routers = diagnosed()["routers"]
-    assert set(routers) == {"probe", "belief"} and routers["belief"]["test"] == {"auroc": 0.0, "brier": 1.0, "ece": 1.0}
+    assert set(routers) == {"probe", "belief"}
+    assert routers["belief"]["test"] == {"auroc": 0.0, "brier": 1.0, "ece": 1.0}
     assert routers["belief"]["coverage"] == 0.5 and routers["probe"]["coverage"] == 0.5
     assert routers["probe"]["test"]["auroc"] == diagnosed()["p_ik"]["test"]["auroc"]
 
@@ -512,11 +523,14 @@ def test_every_router_is_diagnosed():
 def test_the_two_views_of_the_supervisor_are_compared():
     def run(seen, real, n=1000):
         weak = np.r_[np.ones(round(real * n)), np.zeros(n - round(real * n))]
-        return {"cross_fitted": seen, "n": {"labelled": n, "transfer": n}, "transfer": {"weak": weak, "truth": np.ones(n)}}
+        return {"cross_fitted": seen, "n": {"labelled": n, "transfer": n},
+                "transfer": {"weak": weak, "truth": np.ones(n)}}
     view = r.supervisor_views([run(0.537, 0.731)])
     assert view["cross_fitted"] == 0.537 and view["actual"] == pytest.approx(0.731)
-    close(view["standard_errors"], (0.537 - 0.731) / (0.537 * 0.463 / 1000 + 0.731 * 0.269 / 1000) ** 0.5, 1e-6)
-    close(r.supervisor_views([run(0.7, 0.731)] * 4)["standard_errors"] / r.supervisor_views([run(0.7, 0.731)])["standard_errors"], 2, 1e-6)
+    se = (0.537 * 0.463 / 1000 + 0.731 * 0.269 / 1000) ** 0.5
+    close(view["standard_errors"], (0.537 - 0.731) / se, 1e-6)
+    one, four = (r.supervisor_views([run(0.7, 0.731)] * n)["standard_errors"] for n in (1, 4))
+    close(four / one, 2, 1e-6)
 
 
 def test_risk_coverage_orders_by_p_ik():

@@ -118,7 +118,8 @@ def test_every_number_of_the_table_follows_from_items_npz(full):
     used = {name: row["ground_truth_labels"] for name, row in result["metrics"]["methods"].items()}
     assert used["self-only"] == used["zero-shot"] == 0 and used["ceiling"] == n["transfer"]
     assert used["oracle"] == max(seed["n"]["labelled"] + seed["n"]["transfer"] for seed in result["seeds"])
-    assert {used[m] for m in ("weak", "naive", "selective", "strong-on-D_l", "graph-only", "fused")} == {n["labelled"]}
+    of_d_l = ("weak", "naive", "selective", "strong-on-D_l", "graph-only", "fused")
+    assert {used[m] for m in of_d_l} == {n["labelled"]}
 
 
 # ------------------------------------------------------------------------------------------- cache and result
@@ -283,7 +284,8 @@ def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
     left = {q.group for q in p.learn.questions}
     out = {q.group for q in p.labelled.questions} - left
     assert shown and all(q.group in out for q in shown) and 1 <= len(out) <= 4
-    assert len(p.learn.items) == sum(q.group in left for q in p.labelled.questions) <= len(p.labelled.items) - 4
+    usable = sum(q.group in left for q in p.labelled.questions)
+    assert len(p.learn.items) == usable <= len(p.labelled.items) - 4
     where = {item.id: i for i, item in enumerate(p.labelled.items)}
     at = [where[item.id] for item in p.learn.items]
     for name in ("weak", "own", "belief", "prompt_state", "item_state", "truth", "gold", "fold"):
@@ -371,7 +373,8 @@ def test_merged_runs_of_single_seeds_give_the_table_of_one_run(full, tiny, tmp_p
     capsys.readouterr()
     go(tiny, tmp_path / "other", "--methods", "all", "--seeds", "2", "--epochs", "1")
     other = str(next((tmp_path / "other").glob("*/*/result.json")))
-    for bad, word in ((other, "--epochs"), (files[0], "seed 1 too"), (str(tmp_path / "none.json"), "not a result")):
+    nothing = str(tmp_path / "none.json")
+    for bad, word in ((other, "--epochs"), (files[0], "seed 1 too"), (nothing, "not a result")):
         assert selw2s.main(["--merge", *files[:1], bad, "--out", str(tmp_path / "x")]) == 2
         error = capsys.readouterr().err
         assert word in error and len(error.strip().splitlines()) == 1
@@ -463,7 +466,8 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])
-        logp = strong.network.logits(strong.network.packed(torch.tensor(whole), [len(whole)])[0]).log_softmax(-1)
+        final, = strong.network.packed(torch.tensor(whole), [len(whole)])
+        logp = strong.network.logits(final).log_softmax(-1)
         return sum(float(logp[t - 1, whole[t]]) for t in range(len(head), len(whole)))
     for n, (q, last) in enumerate(zip(questions, ("A:", "Question:"))):
         pmi = [score(selw2s.prompt(q), selw2s.completion(q, i)) - score(last, selw2s.completion(q, i))
