@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK = [ROOT / name for name in ("model.py", "data/families.py", "data/tokens.py")]   # all stages run it
+NETWORK = [ROOT / name for name in (
+    "model.py", "data/checkpoint.py", "data/families.py", "data/tokens.py")]    # all stages run it
 
 
 def digest(*parts) -> str:

@@ -80,6 +80,7 @@ sys.path.insert(0, str(HERE.parent))
 import graph  # noqa: E402
 import model as M  # noqa: E402
 import selw2s  # noqa: E402
+from data import checkpoint as C  # noqa: E402
 from data.results import metrics as measures  # noqa: E402
 
 CONFIGS = {
@@ -107,8 +108,8 @@ def tensor(x):
 
 def checkpoint(config, rng):
     """The tensors of model.safetensors, shaken: matrices N(0, 1 / fan in), gains and biases off 1 and 0."""
-    row, out = M.FAMILIES[config.family], {}
-    for source, names, shapes in M.tensors(config):
+    row, out = C.FAMILIES[config.family], {}
+    for source, names, shapes in C.tensors(config):
         x = tensor(rng.randn(sum(shape[0] for shape in shapes), *shapes[0][1:]))
         if x.ndim == 1:
             x = 0.3 * x + float(source.endswith("weight") and not row.get("plus_one"))
@@ -117,17 +118,17 @@ def checkpoint(config, rng):
         else:
             x = x / x.shape[1] ** 0.5
         name = source if names == ["head.weight"] else row["prefix"] + source
-        out[name] = (x.t() if M.turned(row, source, x) else x).contiguous()
+        out[name] = (x.t() if C.turned(row, source, x) else x).contiguous()
     return out
 
 
 def family(raw, rng):
     """A family's file: checkpoint, input, and everything from the embeddings to the classifier's gradient."""
-    config = M.configure(raw)
+    config = C.configure(raw)
     weights = checkpoint(config, rng)
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, Path(folder) / "model.safetensors")
-        params, _ = M.read_params(config, M.tensor_files(Path(folder)), "cpu", torch.float32)
+        params, _ = C.read_params(config, C.tensor_files(Path(folder)), "cpu", torch.float32)
     weights["score.weight"] = tensor(rng.randn(2, config.width) / config.width ** 0.5)
     tokens, target = torch.from_numpy(rng.randint(53, size=sum(LENGTHS))), tensor([0.2, 0.95, 0.6])
     score = weights["score.weight"].clone().requires_grad_()
@@ -138,8 +139,8 @@ def family(raw, rng):
     loss.backward()
     _, b, c = (part.tolist() for part in tokens.split(LENGTHS))
     reading = M.read(net, [c[:15]], [[c[15:], b[:4]]], [-1])
-    row, gradients = M.FAMILIES[config.family], {name: x.grad for name, x in net.params.items()}
-    gradients = M.export(config, gradients | {"head.weight": params["embed.weight"]})   # its own is None
+    row, gradients = C.FAMILIES[config.family], {name: x.grad for name, x in net.params.items()}
+    gradients = C.export(config, gradients | {"head.weight": params["embed.weight"]})   # its own is None
     embed = row["prefix"] + row["names"]["embed"] + ".weight"
     query = QUERY.get(config.family, "model.layers.0.self_attn.q_proj.weight")
     return ({"weight/" + name: x for name, x in weights.items()}

@@ -37,10 +37,10 @@ def checkpoint(family: str) -> dict[str, bytes]:
     import torch
     from safetensors.torch import save
 
-    import model as M
-    row = M.FAMILIES[family]
-    raw = {"model_type": family} | {M.keys_of(row, f)[0]: x for f, x in SMALL.items()
-                                   if f in row["numbers"] and M.keys_of(row, f)}
+    from data import checkpoint as C
+    row = C.FAMILIES[family]
+    raw = {"model_type": family} | {C.keys_of(row, f)[0]: x for f, x in SMALL.items()
+                                   if f in row["numbers"] and C.keys_of(row, f)}
     if family == "qwen":
         raw |= {"seq_length": 64, "vocab_size": 512}
     if family == "gpt_neo":
@@ -49,9 +49,9 @@ def checkpoint(family: str) -> dict[str, bytes]:
         raw["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     files, state = {"config.json": json.dumps(raw).encode()}, {}
-    for source, _, shapes in M.tensors(M.configure(raw)):
+    for source, _, shapes in C.tensors(C.configure(raw)):
         x = torch.randn(sum(shape[0] for shape in shapes), *shapes[0][1:]) / 4
-        state[row["prefix"] + source] = (x.t() if M.turned(row, source, x) else x).contiguous()
+        state[row["prefix"] + source] = (x.t() if C.turned(row, source, x) else x).contiguous()
     files["model.safetensors"] = save(state, {"format": "pt"})
     return files | tokenizer(family)
 
@@ -320,9 +320,9 @@ VALUES = [True, False, None, 0, 1, 2, 4, 8, 64, 300, 0.5, 1.0, 1e-5, 1e4, "silu"
 
 
 def known_keys(family: str) -> list[str]:
-    import model as M
-    row = M.FAMILIES[family]
-    keys = [key for field in row["numbers"] for key in M.keys_of(row, field)]
+    from data import checkpoint as C
+    row = C.FAMILIES[family]
+    keys = [key for field in row["numbers"] for key in C.keys_of(row, field)]
     return keys + row.get("also", "").split() + [
         "rope_scaling", "rope_parameters", *row["must"], *row.get("echo", {})]
 

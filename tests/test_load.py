@@ -20,6 +20,7 @@ from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
 import model as M
+from data import checkpoint as C
 
 transformers = pytest.importorskip("transformers")
 from test_model import LENGTHS, REAL, TOKENS, reference, tiny, tokenizer_file  # noqa: E402, F401
@@ -49,11 +50,11 @@ def test_real_config(name):
     raw = json.loads(shared("hub", name, "config.json").read_text())
     if name in REFUSED:
         with pytest.raises(M.LoadError, match=REFUSED[name]):
-            M.configure(raw)
+            C.configure(raw)
         return
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
-    count = sum(torch.Size(shape).numel() for _, _, shapes in M.tensors(M.configure(raw)) for shape in shapes)
+    count = sum(torch.Size(shape).numel() for _, _, shapes in C.tensors(C.configure(raw)) for shape in shapes)
     assert count == sum(p.numel() for p in theirs.parameters())
 
 
@@ -61,8 +62,8 @@ def test_real_index():
     raw = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded", "config.json").read_text())
     index = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded",
                               "model.safetensors.index.json").read_text())
-    prefix = M.FAMILIES["llama"]["prefix"]
-    assert {prefix + source for source, _, _ in M.tensors(M.configure(raw))} == set(index["weight_map"])
+    prefix = C.FAMILIES["llama"]["prefix"]
+    assert {prefix + source for source, _, _ in C.tensors(C.configure(raw))} == set(index["weight_map"])
 
 
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -192,7 +193,7 @@ def test_refused_settings_of_other_families():
                           (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
                            "with .'partial_rotary_factor'. is not supported")]:
         with pytest.raises(M.LoadError, match=message):
-            M.configure(base | keys)
+            C.configure(base | keys)
 
 
 @pytest.mark.parametrize("family, key, value", [
@@ -208,7 +209,7 @@ def test_refused_settings_of_other_families():
 def test_keys_that_a_family_does_not_read_are_refused(family, key, value):
     """transformers ignores them there; they are another family's, or a mistake."""
     with pytest.raises(M.LoadError, match=f"key '{key}'|{key} = "):
-        M.configure({"model_type": family, key: value})
+        C.configure({"model_type": family, key: value})
 
 
 def test_keys_that_say_what_is_so_are_taken():
@@ -217,27 +218,27 @@ def test_keys_that_say_what_is_so_are_taken():
                  dict(model_type="gemma2", hidden_act="gelu_pytorch_tanh"),
                  dict(model_type="gemma", hidden_act="gelu", hidden_activation=None),
                  dict(model_type="mistral", attention_bias=False)):
-        M.configure(same)
-    assert M.configure(dict(model_type="gemma2", hidden_activation="gelu")).act == "gelu"  # and not tanh
+        C.configure(same)
+    assert C.configure(dict(model_type="gemma2", hidden_activation="gelu")).act == "gelu"  # and not tanh
 
 
 def test_absent_keys_take_the_family_default():
-    config = M.configure(dict(model_type="gpt_neox"))
+    config = C.configure(dict(model_type="gpt_neox"))
     assert config.parallel and config.rope[1] == 24 and config.heads == 64  # 0.25 of 96
-    assert M.configure(dict(model_type="mistral")).windows == (4096,) * 32
-    assert M.configure(dict(model_type="mistral", sliding_window=None)).windows == (None,) * 32
-    assert M.configure(dict(model_type="qwen2", sliding_window=32768)).windows == (None,) * 32
-    assert M.configure(dict(model_type="gemma", hidden_act="gelu")).act == "gelu_pytorch_tanh"
-    assert M.configure(dict(model_type="gemma3_text")).windows[:7] == (4096,) * 5 + (None, 4096)
-    assert M.configure(dict(model_type="gpt_neo")).windows[:4] == (None, 256, None, 256)
+    assert C.configure(dict(model_type="mistral")).windows == (4096,) * 32
+    assert C.configure(dict(model_type="mistral", sliding_window=None)).windows == (None,) * 32
+    assert C.configure(dict(model_type="qwen2", sliding_window=32768)).windows == (None,) * 32
+    assert C.configure(dict(model_type="gemma", hidden_act="gelu")).act == "gelu_pytorch_tanh"
+    assert C.configure(dict(model_type="gemma3_text")).windows[:7] == (4096,) * 5 + (None, 4096)
+    assert C.configure(dict(model_type="gpt_neo")).windows[:4] == (None, 256, None, 256)
 
 
-@pytest.mark.parametrize("family", [family for family in M.FAMILIES if family != "qwen"])
+@pytest.mark.parametrize("family", [family for family in C.FAMILIES if family != "qwen"])
 def test_every_default_is_transformers_own(family):
     import transformers
     theirs, compared = transformers.AutoConfig.for_model(family), 0
-    for field, mine in M.FAMILIES[family]["numbers"].items():
-        keys = M.keys_of(M.FAMILIES[family], field)
+    for field, mine in C.FAMILIES[family]["numbers"].items():
+        keys = C.keys_of(C.FAMILIES[family], field)
         given = [getattr(theirs, key) for key in keys if getattr(theirs, key, None) is not None]
         if given and mine is not None:  # None: follows from others, and is tested with them
             assert given == [mine] * len(given), field
@@ -414,9 +415,9 @@ def test_memory_of_loading(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(raw))
         tokenizer_file(folder)
-        config = M.configure(raw)
+        config = C.configure(raw)
         state = {"model." + source: torch.ones(shape[0], dtype=stored)
-                 for source, _, shape in M.tensors(config)}
+                 for source, _, shape in C.tensors(config)}
         save_file(state, folder / "model.safetensors")
         size = sum(x.numel() for x in state.values()) * 2
         del state
