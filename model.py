@@ -451,8 +451,8 @@ def finite(model: Transformer, x: Tensor) -> Tensor:
     if not x.isfinite().all():
         remedy = {"float16": "use --dtype bfloat16 or float32", "bfloat16": "use --dtype float32",
                   "float32": "the checkpoint is damaged or overflows"}
-        name = str(model.dtype).removeprefix("torch.")
-        raise TrainError(f"hidden states are not finite in {name}: {remedy[name]}")
+        dtype, name = str(model.dtype).removeprefix("torch."), model.folder.name if model.folder else "the model"
+        raise TrainError(f"hidden states of {name} are not finite in {dtype}: {remedy[dtype]}")
     return x
 
 
