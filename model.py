@@ -451,7 +451,8 @@ def finite(model: Transformer, x: Tensor) -> Tensor:
     if not x.isfinite().all():
         remedy = {"float16": "use --dtype bfloat16 or float32", "bfloat16": "use --dtype float32",
                   "float32": "the checkpoint is damaged or overflows"}
-        dtype, name = str(model.dtype).removeprefix("torch."), model.folder.name if model.folder else "the model"
+        dtype = str(model.dtype).removeprefix("torch.")
+        name = model.folder.name if model.folder else "the model"
         raise TrainError(f"hidden states of {name} are not finite in {dtype}: {remedy[dtype]}")
     return x
 
