@@ -2,12 +2,13 @@
 
 A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
 P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. This file
-reads in that order: Config and command line, steps 1 to 8 as the paper takes them, and last run(), which
-calls them. model.py is the network, graph.py the graph, data/ the questions, data/results/ the numbers.
+reads in that order: Config and command line, steps 1 to 8 in the paper's order, and last run(), which calls
+them. model.py is the network, graph.py the graph, data/ the questions, data/results/ the numbers.
 
 symbol      name here    shape         source
 D_l         labelled     n_l items     half with ground truth                     Burns et al. 2023, App. A
-D_u         transfer     n_u items     half whose truth only metrics, ceiling and oracle read
+D_u         transfer     n_u items     half whose truth only metrics, ceiling and oracle read, once its items
+                                       are drawn (that balances the classes, as the benchmark does [D12])
 p_w         weak         (n,)          weak supervisor's P(y = 1), soft           Burns et al. 2023
             own          (n,) 0/1      self-generated label                       paper, abstract
 P(IK)       p_ik         (n,)          P(own answer is right | question)          Kadavath et al. 2022
@@ -32,6 +33,8 @@ METHODS = (*ALWAYS, "ceiling", "naive", "logconf", "product", "confidence-only",
            "graph-only", "route-only", "selective", "fused", "trust", "chain", "oracle")
 DEFAULT_METHODS = (*ALWAYS, "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
                    "selective")
+ROUTERS = ("probe", "belief", "both")
+TAU_RULES = ("answers", "labels", "item")
 EXAMPLES = """examples:
   python selw2s.py --task demo                                        under a minute on two cores, no download
   python selw2s.py --task demo --methods all --seeds 0 1 2 3 4 5      every control, six seeds: minutes
@@ -63,12 +66,12 @@ class Config:
                     choices=("sum", "mean", "pmi", "judge"))
     target: str = flag("hard", "what P(IK) is trained on: answer right or not, or p(gold) [D3]",
                        choices=("hard", "soft"))
-    route: str = flag("probe", "P(IK) from the hidden state, the sorted option probabilities, or both",
-                      choices=("probe", "belief", "both"))
+    route: str = flag("probe", "P(IK) from the hidden state, the sorted option probabilities, or both [D18]",
+                      choices=ROUTERS)
     tau: object = flag("auto", "P(IK) from which the own label is used: a number, or by a rule: answers, "
                                "labels, item; auto: the best of these on D_l [D4]", metavar="X")
-    anchors: int = flag(1, "1: own labels stand in Y while the others are smoothed, 0: weak labels only [D5]",
-                        choices=(0, 1))
+    anchors: int = flag(1, "1: own labels are the prior of their nodes when the others are smoothed, 0: the "
+                           "weak ones [D5]", choices=(0, 1))
     alpha: object = flag("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
     k: object = flag("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
     gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]", metavar="X")
@@ -83,7 +86,7 @@ class Config:
     difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
                            choices=("weak", "strong"))
     keep: str = flag("", "save this method's students in Hugging Face layout under <out>/students",
-                     choices=METHODS, metavar="METHOD")
+                     choices=tuple(m for m in METHODS if m != "zero-shot"), metavar="METHOD")
     limit: int = flag(0, "at most this many train and this many test questions (0: all)", metavar="N")
     device: str = flag("cpu", "cpu, cuda, cuda:1 ...")
     dtype: str = flag("float32", "dtype of the pretrained weights",
@@ -96,7 +99,6 @@ class Config:
 
 
 MOST = 2 ** 31 - 1
-TAU_RULES = ("answers", "labels", "item")
 LIMITS = {      # flag: least value, greatest, what it must be (NaN compares false with both)
     "folds": (2, MOST, "a whole number from 2"),
     "tau": (0, 1e9, f"{', '.join(TAU_RULES)} or a number from 0 (above 1: never the own label)"),
@@ -127,7 +129,7 @@ def fault(f, value) -> str:
         return f"of {', '.join(map(str, choices))}" if unknown else ""
     if f.name == "seeds":
         whole = all(type(seed) is int and 0 <= seed < 2 ** 63 for seed in value)
-        return "" if value and whole and len(set(value)) == len(value) else "different numbers from 0"
+        return "" if value and whole and len(set(value)) == len(value) else "whole numbers from 0, each once"
     if f.name in LIMITS and not (f.name == "tau" and value in TAU_RULES):
         low, high, need = LIMITS[f.name]
         kinds = (int,) if f.name == "k" else (int, float)
@@ -211,7 +213,7 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":   # a script ends here; what follows is the module
     parse()             # --help and a wrong flag are answered before torch, seconds away, is imported
     import selw2s       # this file once more, under the name by which data.results.analyses knows it
     sys.exit(selw2s.main())
@@ -270,7 +272,7 @@ def learning_rate(size: int, answers: bool, config: Config) -> float:
 
 
 def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
-    """Load a checkpoint; answers: its students answer."""
+    """Load a checkpoint; answers: whether its students answer instead of classify [D17]."""
     network, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
     size = sum(p.numel() for p in network.params.values())
     h = hashlib.sha256()
@@ -335,7 +337,7 @@ class Part(NamedTuple):
     weak: Tensor                # (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor                 # (n,) self-generated label, 0/1
     zero_shot: Tensor           # (n,) P(y = 1) of the strong model untouched: its belief in what is shown
-    belief: Tensor              # (n, K) its probability of each option; those of one text share a column
+    belief: Tensor              # (n, K) its probability of each option text (--own judge: of no and yes)
     prompt_state: Tensor        # (n, R, C) its hidden states where the question ends, no candidate shown yet
     item_state: Tensor          # (n, R, C) its hidden states where the item's text ends
     truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, as are the next two
@@ -397,7 +399,7 @@ def split(setup: Setup, seed: int) -> Split:
 # ----------------------------------------------------------------------------------------- 2. Weak supervisor
 class Supervised(NamedTuple):
     """The weak labels of a seed, P(y = 1)."""
-    labelled: Tensor    # (n_l,) cross-fitted: the only view of weak errors that owns truth
+    labelled: Tensor    # (n_l,) cross-fitted: the only weak labels that may be held against truth
     transfer: Tensor    # (n_u,) of the supervisor trained on all of D_l
     test: Tensor
     weights: str        # hash of that supervisor
@@ -405,8 +407,8 @@ class Supervised(NamedTuple):
 
 
 def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
-    """2. The weak model finetuned on D_l's ground truth labels D_u and test; others like it, each finetuned
-    on all folds of D_l but one, label that one [D16]."""
+    """2. Finetune the weak model on D_l's ground truth; it labels D_u and test. For each fold of D_l another,
+    trained on the other folds, labels that fold, and D_u too [D16]."""
     weak = setup.weak
     labelled, transfer, test = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:3])
     truth = torch.tensor([float(item.label) for item in parts.labelled])
@@ -427,7 +429,7 @@ JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nRespo
 
 
 class Elicited(NamedTuple):
-    """What one forward pass of the pretrained strong model over n questions says; fields as in Part."""
+    """What the pretrained strong model says of n questions; fields as in Part."""
     own: Tensor
     zero_shot: Tensor
     belief: Tensor
@@ -443,7 +445,7 @@ def layers_read(strong: Pretrained) -> tuple:
 
 def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[list[str]],
                 pick: list[int]) -> dict[str, Tensor]:
-    """Log-likelihood of each prompt's completions and hidden states, in one pass (model.Reading); a stage."""
+    """Hidden states, and each completion's log-likelihood, in one pass (model.Reading); a stage."""
     strong, config = setup.strong, setup.config
     heads, tails = encode_options(strong.tokenizer, prompts, completions)
     longest = max(len(head) + max(map(len, tail)) for head, tail in zip(heads, tails))
@@ -473,7 +475,7 @@ def judged(item: Item, question: Question) -> str:
 
 
 def unconditional(question: Question) -> str:
-    """What stands before an option when nothing of the question does."""
+    """The prompt's last word, without the question."""
     return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
 
 
@@ -503,8 +505,8 @@ def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question],
         score = score / reading["option_tokens"].clamp_min(1)
     if own == "pmi":
         alone = [unconditional(q) for q in questions]
-        prior = likelihoods(f"read {name} unconditional", setup, alone, completions, none)["loglik"]
-        score = score - prior.nan_to_num(neginf=0.0)
+        other = likelihoods(f"read {name} unconditional", setup, alone, completions, none)["loglik"]
+        score = score - other.nan_to_num(neginf=0.0)
     if own == "judge":
         before = "".join(f"{judged(item, q)} {item.label}\n\n" for item, q in examples)
         prompts = [before + judged(item, q) for item, q in zip(part, questions)]
@@ -516,6 +518,11 @@ def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question],
     label = (belief.argmax(1) == column).float()                            # hard: 0 or 1 [D13]
     zero_shot = belief.gather(1, column[:, None])[:, 0].float()
     return Elicited(label, zero_shot, belief, reading["prompt_state"], reading["item_state"])
+
+
+def answer_right(learn: Part) -> Tensor:
+    """(n,) bool, the strong model's own answer is right; of D_l."""
+    return learn.belief.argmax(1) == learn.gold
 
 
 def right_option(config: Config, part: list[Item], questions: list[Question]) -> Tensor:
@@ -565,7 +572,7 @@ def prepare(setup: Setup, seed: int) -> Prepared:
         truth=torch.tensor([float(item.label) for item in labelled.items]),
         gold=right_option(setup.config, labelled.items, labelled.questions), fold=parts.fold)
     learn = take(labelled, parts.usable)
-    right = (learn.belief.argmax(1) == learn.gold).double().mean()
+    right = answer_right(learn).double().mean()
     setup.stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, "
                       f"untouched accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
     return Prepared(seed, learn=learn, weak_weights=supervised.weights, by_fold=supervised.by_fold, **out)
@@ -642,7 +649,7 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
     best, held_out, start = float("nan"), y[:0], x.new_zeros(x.shape[1])
     if l2 is None:
         candidates, warm = {}, {int(f): start for f in fold.unique()}
-        for trial in L2_GRID:   # strong to weak: each fit starts from the last
+        for trial in L2_GRID:   # largest penalty first: each fit starts from the last
             p = torch.empty_like(y)
             for f, w in warm.items():
                 warm[f] = w = logistic(x[fold != f], y[fold != f], trial, w, tol=1e-5)
@@ -655,17 +662,19 @@ def fit_probe(features: Tensor, target: Tensor, *, l2: float | None = None,
     return Probe(weight, w[-1] - weight @ mean, l2, held_out, best)
 
 
-ROUTERS = ("probe", "belief", "both")
-
-
 def router_features(router: str, part: Part) -> list[Tensor]:
-    """What a router may look at, one (n, d) float64 per candidate: a hidden state where the question ends
-    (probe, the paper's), the sorted log-probabilities of the options (belief), or both side by side."""
+    """What P(IK) may look at, one (n, d) float64 per candidate [D18]: a hidden state where the question ends
+    (probe), the sorted log-probabilities of the options (belief), or both side by side."""
     states = [state.double() for state in part.prompt_state.unbind(1)]
-    if router == "probe":
-        return states
     belief = part.belief.sort(1, descending=True).values.clamp_min(1e-6).log()          # (n, K)
-    return [belief] if router == "belief" else [torch.cat([state, belief], 1) for state in states]
+    match router:
+        case "probe":
+            return states
+        case "belief":
+            return [belief]
+        case "both":
+            return [torch.cat([state, belief], 1) for state in states]
+    raise ValueError(router)
 
 
 class Known(NamedTuple):
@@ -685,11 +694,11 @@ class Known(NamedTuple):
 def ik_target(config: Config, learn: Part) -> Tensor:
     """(n,) float64, what P(IK) is trained on: own answer right or not, or p(right option) [D3]."""
     if config.target == "hard":
-        return (learn.belief.argmax(1) == learn.gold).double()
+        return answer_right(learn).double()
     return learn.belief.gather(1, learn.gold[:, None])[:, 0].double()
 
 
-def know(config: Config, prep: Prepared, router: str = "probe") -> Known:
+def know(config: Config, prep: Prepared, router: str) -> Known:
     """4. P(IK): a linear probe, before any candidate is shown, of whether the own answer is right; trained on
     D_l, L2 and layer by cross-validation there."""
     target = ik_target(config, prep.learn).to(config.device)
@@ -731,7 +740,7 @@ def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Te
         return [torch.full_like(part.weak, value) for part in (learn, transfer)]
     if config.tau not in ("auto", *TAU_RULES):
         return "fixed", *every(float(config.tau))
-    weak_right, unknown = (learn.weak > 0.5) == (learn.truth > 0.5), learn.belief.argmax(1) != learn.gold
+    weak_right, unknown = (learn.weak > 0.5) == (learn.truth > 0.5), ~answer_right(learn)
     a, q = weak_right.double().mean(), 0.0
     if unknown.any():
         q = min(accuracy(learn.own[unknown], learn.truth[unknown]), 1 - 1e-6)
@@ -758,9 +767,10 @@ def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return knn(x - x.mean(0), min(k, len(x) - 1))
 
 
-def smoothed(graph, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
-    """{(alpha, k): (n,)} from one neighbour list: the k nearest are the first k columns."""
-    index, similarity = graph
+def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
+    """{(alpha, k): smoothed P(y = 1) (n,)} from one neighbour list, whose first k columns are the k nearest:
+    one function for choosing and for use."""
+    index, similarity = near
     Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (n, 2)
     out = {}
     for k in ks:
@@ -779,7 +789,7 @@ def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) 
     features (n, C) hidden states at the item's last token, prior (n,) P(y = 1). alpha = 0: prior itself."""
     if alpha == 0:
         return prior
-    return smoothed(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
+    return smooth_grid(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
 
 
 class Smoothing(NamedTuple):
@@ -792,34 +802,34 @@ class Smoothing(NamedTuple):
 
 
 class View(NamedTuple):
-    """A graph whose labels one supervisor gave, as on D_u, some of whose items own truth: m items."""
+    """One fold of D_l beside D_u, m items, all labelled by the supervisor that saw neither; only the fold's
+    truth is known."""
     features: Tensor    # (m, R, C)
     prior: Tensor       # (m,) P(y = 1)
     truth: Tensor       # (m,) what is known of it
     scored: Tensor      # (m,) bool: has truth, and would be smoothed
 
 
-def views(prep: Prepared, own_learn: Tensor, own_transfer: Tensor, anchors: bool) -> list[View]:
-    """One per fold of D_l: that fold and D_u, labelled by the supervisor that saw neither, so that labels and
-    density are those smoothing will meet [D6]. own_*: bool, the rows routed to the own label, which are not
-    scored; anchors: they stand in the prior [D5]."""
+def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors: bool) -> list[View]:
+    """One per fold of D_l, so that labels and density are those smoothing will meet [D6]. routed_*: bool, the
+    rows that take the own label and are not scored; anchors: it is their prior [D5]."""
     learn, transfer, out = prep.learn, prep.transfer, []
     for f in learn.fold.unique():
         at = learn.fold == f
         weak = torch.cat([learn.weak[at], prep.by_fold[f]])
-        own, is_own = torch.cat([learn.own[at], transfer.own]), torch.cat([own_learn[at], own_transfer])
+        own = torch.cat([learn.own[at], transfer.own])
+        is_self = torch.cat([routed_learn[at], routed_transfer])
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
-        prior = torch.where(is_own, own, weak) if anchors else weak
+        prior = torch.where(is_self, own, weak) if anchors else weak
         features = torch.cat([learn.item_state[at], transfer.item_state])
-        out.append(View(features, prior, truth, ~is_own & ~truth.isnan()))
+        out.append(View(features, prior, truth, ~is_self & ~truth.isnan()))
     return out
 
 
 def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
-    """alpha, k, layer that make the scored labels most accurate; alpha = 0 unless one does [D6].
-
-    A candidate must beat no smoothing by two standard errors of the paired difference, or smoothing stays
-    off: the best of many noisy candidates looks better than it is. A fixed --alpha is always used."""
+    """alpha, k, layer that make the scored labels most accurate; alpha = 0, no smoothing, unless one beats it
+    by two standard errors of the paired difference: the best of many noisy candidates looks better than it is
+    [D6]. A fixed --alpha is always taken."""
     auto = config.alpha == "auto"
     alphas = ALPHAS if auto else (float(config.alpha),)
     smallest = min(len(view.prior) for view in graphs)
@@ -828,14 +838,14 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     if len(right) < 2 or smallest < 2:
         return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
     before = float(right.mean())
-    best = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)
+    best = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)       # -1: a fixed alpha beats it
     if alphas == (0.0,):
         return best._replace(after=before)
     for layer in range(graphs[0].features.shape[1]):
         found = {(alpha, k): [] for alpha in alphas for k in ks}
         for view in graphs:
-            graph = neighbours(view.features[:, layer].to(config.device), max(ks))
-            for candidate, p in smoothed(graph, view.prior, alphas, ks, config.gamma).items():
+            near = neighbours(view.features[:, layer].to(config.device), max(ks))
+            for candidate, p in smooth_grid(near, view.prior, alphas, ks, config.gamma).items():
                 found[candidate].append(right_where_scored(view, p))
         for (alpha, k), now in found.items():
             gain = torch.cat(now) - right
@@ -856,15 +866,16 @@ class Selected(NamedTuple):
     tau: Tensor             # of each item
     is_self: Tensor         # bool, routed to the own label
     routed: Tensor          # own label where routed, weak label elsewhere
-    refined: Tensor         # weak labels smoothed in the presence of the own ones
+    refined: Tensor         # weak labels smoothed, beside the own ones with --anchors 1
     selective: Tensor       # own label where routed, refined elsewhere: the method
-    smoothed_weak: Tensor   # weak labels smoothed alone
+    smoothed_weak: Tensor   # weak labels smoothed alone: graph-only's
     chosen: Smoothing
     chosen_alone: Smoothing
 
 
 def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Selected:
-    """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u.
+    """5. Route: own label where P(IK) >= tau. 6. Smooth the other weak labels over the graph of D_u; for the
+    control graph-only, all of them.
 
     p_learn, p_transfer: P(IK) of prep.learn's and prep.transfer's rows."""
     learn, transfer = prep.learn, prep.transfer
@@ -944,15 +955,15 @@ def oracle(config: Config, prep: Prepared) -> Tensor:
     return select(replace(config, tau=0.5), prep, *knows).selective
 
 
-class Student(NamedTuple):
-    """A method's outcome."""
+class Predictions(NamedTuple):
+    """What a method, trained or not, says of D_u and test."""
     labels: Tensor | None       # (n_u,) what it was trained on, where it was trained on all of D_u
     transfer: Tensor            # (n_u,) P(y = 1)
     test: Tensor                # (n_test,) P(y = 1)
     weights: str                # hash of the trained tensors
 
 
-def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Student:
+def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Predictions:
     """7. The pretrained strong model finetuned on one label set."""
     transfer, weak, rule = prep.transfer, prep.transfer.weak, None
     inputs = transfer.inputs
@@ -988,7 +999,7 @@ def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
             targets = oracle(setup.config, prep)
     ask = [transfer.inputs, prep.test.inputs]
     out = finetuned(method, setup, setup.strong, inputs, targets, ask, prep.seed, rule)
-    return Student(targets if inputs is transfer.inputs else None, *out.p, out.weights)
+    return Predictions(targets if inputs is transfer.inputs else None, *out.p, out.weights)
 
 
 # -------------------------------------------------------------------------------------------------- 8. Report
@@ -1004,7 +1015,7 @@ def part_arrays(config: Config, part: Part, known: dict[str, Tensor], students: 
 
 
 def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
-           done: dict[str, Student]) -> dict:
+           done: dict[str, Predictions]) -> dict:
     """One seed's arrays and choices, as named in items.npz and result.json."""
     n_l, n_u, n_test = (len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
     used, routers = known[config.route], known.items()
@@ -1028,16 +1039,18 @@ def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
             "transfer": transfer, "test": test}
 
 
+# ---------------------------------------------------------------------------------------------------- The run
 def one_seed(setup: Setup, seed: int) -> dict:
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
     config, tell = setup.config, setup.stages.tell
     prep = prepare(setup, seed)
     routers = {router: know(config, prep, router) for router in ROUTERS}
     known = routers[config.route]
-    right = (prep.learn.belief.argmax(1) == prep.learn.gold).double()
+    right = answer_right(prep.learn).double()
     areas = [f"{router} {shown(auroc(k.learn, right), '.3f')}" for router, k in routers.items()]
-    tell(f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, layer read "
-         f"{known.layer + 1} of {prep.learn.prompt_state.shape[1]}, l2 {known.probe.l2:g})")
+    where = f"layer read {known.layer + 1} of {prep.learn.prompt_state.shape[1]}, "
+    tell(f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, "
+         f"{'' if known.router == 'belief' else where}l2 {known.probe.l2:g})")
     s = select(config, prep, known.learn, known.transfer)
     tell(f"5 route    tau {s.tau.double().mean():.3f} ({s.rule}): own label on "
          f"{s.is_self.double().mean():.3f} of D_u")
@@ -1048,8 +1061,9 @@ def one_seed(setup: Setup, seed: int) -> dict:
         tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
              f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
     transfer, test = prep.transfer, prep.test
-    done = {"weak": Student(transfer.weak, transfer.weak, test.weak, prep.weak_weights),
-            "zero-shot": Student(transfer.zero_shot, transfer.zero_shot, test.zero_shot, setup.strong.sha256)}
+    untouched = setup.strong.sha256
+    done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.weak_weights),
+            "zero-shot": Predictions(transfer.zero_shot, transfer.zero_shot, test.zero_shot, untouched)}
     for method in config.methods:
         if method not in done:
             done[method] = student(method, setup, prep, known, s)
@@ -1058,7 +1072,7 @@ def one_seed(setup: Setup, seed: int) -> dict:
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
-    """The task as both models can read it, and how many of its questions had to be changed for that."""
+    """The task as both models can read it, and how many of its questions had to be changed for that [D11]."""
     room = min(1024, *(model.network.config.context for model in models))
     task, counts = fit(task, [model.tokenizer.encode for model in models], room,
                        apart=config.protocol == "paper", limit=config.limit)
@@ -1140,7 +1154,7 @@ def rerun(config: Config) -> None:
     if differ:
         raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
                         f"differing inputs: {', '.join(moved) or 'none'}")
-    print(f"the same as {config.rerun} in every metric and weight"
+    print(f"the same as {config.rerun} in every method's metrics and weights"
           + (f", though {', '.join(moved)} differ" if moved else ""))
 
 

@@ -4,7 +4,8 @@ A question with k options becomes one binary item: one candidate is shown, the l
 The training items are cut into
 
     D_l   labelled   the labelled half, whose ground truth is used
-    D_u   transfer   the transfer half, whose ground truth nothing reads but the ceiling and the metrics
+    D_u   transfer   the transfer half, whose ground truth nothing reads but ceiling, oracle and the metrics,
+                     once its items are drawn (drawing balances the classes [D12])
 
 in one of two protocols. paper: no class above 55 %, halves disjoint by group (one passage, one question).
 openai: items and halves draw for draw as in the public code, so that published numbers can be compared; its

@@ -40,8 +40,8 @@ def best_on_transfer(prep, config) -> float:
     truth, transfer = selw2s.hidden_truth(prep.transfer), prep.transfer
     found = [accuracy(transfer.weak, truth)]
     for states in transfer.item_state.unbind(1):
-        graph = selw2s.neighbours(states, max(selw2s.KS))
-        for p in selw2s.smoothed(graph, transfer.weak, selw2s.ALPHAS, selw2s.KS, config.gamma).values():
+        near = selw2s.neighbours(states, max(selw2s.KS))
+        for p in selw2s.smooth_grid(near, transfer.weak, selw2s.ALPHAS, selw2s.KS, config.gamma).values():
             found.append(accuracy(p, truth))
     return max(found)
 

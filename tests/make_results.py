@@ -57,7 +57,7 @@ DECISIONS = {       # row of the README's table of decisions: flags of its alter
     "D4": (("--tau", "answers"), ("--tau", "labels"), ("--tau", "item"), ("--tau", "0.5")),
     "D5": (("--anchors", "0"),), "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")),
     "D9": (("--lr", "2e-4"),), "D15": (("--gamma", "1"),), "D16": (("--folds", "2"), ("--folds", "10")),
-    "D17": (("--student", "answer"),)}
+    "D17": (("--student", "answer"),), "D18": (("--route", "belief"), ("--route", "both"))}
 BARE = "import sys; sys.modules['matplotlib'] = None; import selw2s; sys.exit(selw2s.main())"
 
 
@@ -272,6 +272,9 @@ def decisions_table(text: str) -> str:
     for line in text.splitlines():
         tag, effects = re.match(r"\| (D\d+) \|", line), []
         for flags in map(" ".join, DECISIONS.get(tag[1], ()) if tag else ()):
+            if (TASKS[0], flags) not in accuracies:
+                effects.append(f"`{flags}` not measured")
+                continue
             changes = [accuracies[task, flags] - accuracies[task, ""] for task in TASKS]
             effects.append(f"`{flags}` " + ", ".join(
                 f"{c.mean():+.3f} ± {c.std(ddof=1) / len(c) ** 0.5:.3f}" for c in changes))

@@ -36,9 +36,11 @@ def full(tiny, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------- honesty rules
-def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--student", "answer"), ("--own", "judge", "--shots", "2"),
+                                   ("--route", "both", "--tau", "item")])
+def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch, flags):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
-    methods = ("--methods", *(m for m in METHODS if m != "oracle"))
+    methods = ("--methods", *(m for m in METHODS if m != "oracle"), *flags)
     clean = go(tiny, tmp_path / "clean", *methods)
     task = selw2s.load_task(tiny[1])
     drawn = selw2s.items(task.train, protocol="paper", seed=0)
@@ -257,6 +259,7 @@ def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------- own answers, P(IK), analyses
 @pytest.mark.parametrize("flags", [("--own", "mean"), ("--own", "pmi"), ("--own", "judge"), ("--shots", "3"),
                                    ("--target", "soft"), ("--anchors", "0"), ("--tune", "head"),
+                                   ("--student", "answer"), ("--route", "belief"), ("--route", "both"),
                                    ("--tune", "lora"), ("--protocol", "openai")])
 def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flags):
     fixed = ("--tau", "0.3", "--alpha", "0.5", "--k", "5")

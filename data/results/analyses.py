@@ -31,7 +31,9 @@ def kept_nowhere(setup):
 
 
 def cross_task(setup, tasks: dict) -> dict:
-    """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}."""
+    """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}.
+
+    Only the probe comes from A; tau and smoothing are chosen on B's D_l."""
     import selw2s
     config, out = setup.config, {}
     for seed in config.seeds:
@@ -53,7 +55,8 @@ def cross_task(setup, tasks: dict) -> dict:
 def difficulty(setup, tasks: dict) -> dict:
     """P(IK) trained on the easy or hard half of D_l, measured on both halves of D_u (paper, abstract).
 
-    Difficulty: cross-entropy of the weak supervisor (on D_l cross-fitted) or -log p_strong(gold)."""
+    Tau and smoothing are chosen on all of D_l. Difficulty: cross-entropy of the weak supervisor (on D_l
+    cross-fitted) or -log p_strong(gold)."""
     import selw2s
     config, out = setup.config, {}
     for seed in config.seeds:

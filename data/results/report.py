@@ -1,6 +1,7 @@
 """What a run says: diagnostics of each seed, the summary over seeds, the table.
 
-All of it follows from the arrays of items.npz, without a model; they are named as in selw2s.record.
+All of it follows, without a model, from what selw2s.record keeps of each seed: the arrays of items.npz, and a
+few numbers that stand in result.json (homophily, cross-fitted accuracy, sizes, truth used).
 """
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from data.results.metrics import (accuracy, auroc, bootstrap, brier, ece, interv
 
 
 def diagnose(run: dict, methods) -> dict:
-    """Everything said about one seed beside the accuracies; recomputable from items.npz alone."""
+    """Everything said about one seed beside the accuracies."""
     u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k not in ("id", "group")}
             for part in ("transfer", "test"))
     routed = u["is_self"]
