@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data.checkpoint import (ACTIVATIONS, Config, check_device, configure, export, find, read_params,
-                             tensor_files, tensors, unread_keys)
+                             summary, tensor_files, tensors)
 from data.families import FAMILIES
-from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
+from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, pad_token, read_json
 
 
 class TrainError(ValueError):
@@ -57,10 +57,7 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
         raw = read_json(folder / "config.json")
         config = configure(raw)
         params, ignored = read_params(config, tensor_files(folder), device, dtype)
-        tokenizer = Tokenizer(folder, config.family)
-        if tokenizer.size > config.vocab:
-            raise LoadError(f"the tokenizer has {tokenizer.size} ids, the embedding {config.vocab} rows: "
-                            "they do not belong together")
+        tokenizer = Tokenizer(folder, config.family, config.vocab)
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     except RuntimeError as error:
@@ -70,12 +67,7 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
                         "--dtype bfloat16") from None
     model = Transformer(config, params)
     model.raw, model.folder, model.revision = raw, folder, None if Path(source).is_dir() else folder.name
-    count, unread = sum(p.numel() for p in params.values()) / 1e6, unread_keys(raw)
-    line = (f"{config.family}: {len(params)} tensors, {ignored} ignored, {'tied' if config.tied else 'own'} "
-            f"head, {count:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
-    if unread:
-        line += f"; unknown keys of config.json ignored: {', '.join(unread):.300}"
-    print(line)
+    print(summary(config, params, ignored, raw))
     return model, tokenizer
 
 
@@ -386,9 +378,16 @@ class Transformer(nn.Module):
         x = self.packed(tokens[real], lengths.tolist(), (layer,))[0]
         return x.new_zeros(B, T, x.shape[-1]).masked_scatter(real[..., None], x)
 
+    def check_head(self) -> None:
+        """LoadError for a checkpoint that was saved as a classifier, without a language model's head."""
+        if self.head.weight is None and not self.config.tied:
+            raise LoadError(f"{self.folder}: has a classifier's head, and no language model's, as its own "
+                            "answers need: give the pretrained model")
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) after the final norm -> (..., V) float32. The product is taken in float32 whatever the
         dtype: rounded to bfloat16, logits of size 20 lie 1/8 apart, and options tie."""
+        self.check_head()
         x, head = hidden.float(), self.embed.weight if self.head.weight is None else self.head.weight
         if head.dtype == torch.float32:
             y = F.linear(x, head)
@@ -637,7 +636,8 @@ class Classifier:
         files["score.weight"] = self._state["classifier.weight"].detach().cpu()
         stale = "architectures", "auto_map", "num_labels", "label2id"
         raw = {key: value for key, value in self.model.raw.items() if key not in stale}
-        save_checkpoint(self.model, Path(folder), files, raw | dict(id2label={"0": "no", "1": "yes"}))
+        said = dict(id2label={"0": "no", "1": "yes"}, pad_token_id=padding(self.model))
+        save_checkpoint(self.model, Path(folder), files, raw | said)
 
 
 class Answerer:
@@ -687,6 +687,15 @@ def merged(model: Transformer) -> dict[str, Tensor]:
         delta = params[stem + ".lora_b"].float() @ params[stem + ".lora_a"].float()  # (O, C)
         params[stem + ".weight"] = (params[stem + ".weight"].float() + delta).to(model.dtype)
     return params
+
+
+def padding(model: Transformer) -> int:
+    """The token that pads a batch, which transformers wants a classifier to name: config.json's, else the
+    tokenizer's, else the end of a text, else 0."""
+    ends = model.raw.get("eos_token_id")
+    named = [model.raw.get("pad_token_id"), pad_token(model.folder, model.config.family)]
+    named += ends if isinstance(ends, list) else [ends]
+    return next((i for i in named if type(i) is int and 0 <= i < model.config.vocab), 0)
 
 
 def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], raw: dict) -> None:

@@ -277,7 +277,7 @@ def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
     size = sum(p.numel() for p in network.params.values())
     h = hashlib.sha256()
     for file in sorted(network.folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken"):
+        if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
     return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= 1e9)
@@ -1106,6 +1106,7 @@ def run(config: Config) -> dict:
     task = load_task(config.task, data_dir=config.data_dir or None)
     weak = pretrained(config.weak or str(HERE / "data/demo/weak"), False, config)
     strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
+    strong.network.check_head()
     task, counts = fitted(task, (weak, strong), config, tell)
     setup = Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device))
     runs = [one_seed(setup, seed) for seed in config.seeds]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.families import FAMILIES, INERT_KEYS, KEYS, LOGICAL, MOST_LAYERS, NULLABLE, WHOLE
-from data.tokens import TOKENIZER_FILES, LoadError, read_json
+from data.families import FAMILIES, INERT_KEYS, KEYS, LOGICAL, MOST_LAYERS, MUST, NULLABLE, WHOLE
+from data.tokens import TOKENIZER_FILES, LoadError, lacking, read_json, there
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
@@ -52,8 +52,7 @@ class Config:
 
 
 def configure(raw: dict) -> Config:
-    """config.json -> Config. LoadError for an unknown family, an unknown non-null key, a value not
-    supported."""
+    """config.json -> Config. LoadError for an unknown family, a value not supported."""
     family = raw.get("model_type")
     if raw.get("quantization_config"):
         raise LoadError("config.json: quantised checkpoints are refused, use the full-precision one")
@@ -62,7 +61,7 @@ def configure(raw: dict) -> Config:
                         f"{', '.join(FAMILIES)}")
     try:
         numbers = read_numbers(raw, FAMILIES[family])
-        check_keys(raw, FAMILIES[family], numbers)
+        check_keys(raw, FAMILIES[family])
         return Config(family=family, **resolve(raw, FAMILIES[family], numbers))
     except LoadError:
         raise
@@ -110,7 +109,7 @@ def check_value(key: str, value, field: str = "") -> None:
 
 def known_keys(row: dict) -> set[str]:
     """The keys of config.json that this family reads, or that must have the one value we support."""
-    keys = set(row.get("also", "").split()) | row.get("echo", {}).keys() | row["must"].keys()
+    keys = set(row.get("also", "").split()) | MUST.keys() | row["must"].keys()
     for field in row["numbers"]:
         keys |= set(keys_of(row, field))
     if "base" in row["numbers"]:
@@ -119,21 +118,17 @@ def known_keys(row: dict) -> set[str]:
 
 
 def unread_keys(raw: dict) -> list[str]:
-    """The keys that transformers' class of the family does not know, and that change nothing there either."""
+    """The keys that transformers' classes of the family do not know, and that change nothing there either."""
     known = known_keys(FAMILIES[raw["model_type"]])
     return [key for key, value in raw.items()
             if value is not None and key not in known and not INERT_KEYS.fullmatch(key)]
 
 
-def check_keys(raw: dict, row: dict, numbers: dict) -> None:
+def check_keys(raw: dict, row: dict) -> None:
     """LoadError for a key that has one value that is supported, and has another."""
-    for key, field in row.get("echo", {}).items():
-        if raw.get(key) not in (None, numbers[field]):
-            raise LoadError(f"config.json: {key} = {raw[key]!r:.40} is not read by this family, where it is "
-                            f"{numbers[field]!r}: make them agree")
-    for key, value in row["must"].items():
+    for key, value in (MUST | row["must"]).items():
         if raw.get(key) not in (None, value):
-            raise LoadError(f"config.json: {key} = {raw[key]!r} is not supported, only {value!r}")
+            raise LoadError(f"config.json: {key} = {raw[key]!r:.40} is not supported, only {value!r}")
 
 
 def resolve(raw: dict, row: dict, numbers: dict) -> dict:
@@ -201,8 +196,8 @@ def rotary(raw: dict, row: dict, n: dict, kind: str, base: float) -> tuple:
     if keys_of(row, "fraction"):
         said["partial_rotary_factor"] = p.pop("partial_rotary_factor", n["fraction"])
     scaling, _ = p.pop("rope_type", p.get("type", "default")), p.pop("type", None)
-    needs = {"default": [], "linear": ["factor"], "llama3": ["factor", "high_freq_factor", "low_freq_factor",
-                                                             "original_max_position_embeddings"]}
+    needs = {"default": [], "linear": ["factor"], "dynamic": ["factor"],  # dynamic: to lengthen the context
+             "llama3": ["factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"]}
     if scaling not in needs or sorted(p) != needs[scaling]:
         raise LoadError(f"config.json: RoPE scaling {scaling!r} with {sorted(p)} is not supported, only "
                         f"{needs}")
@@ -214,6 +209,8 @@ def rotary(raw: dict, row: dict, n: dict, kind: str, base: float) -> tuple:
                         "pairs")
     if p.get("low_freq_factor", 0) >= p.get("high_freq_factor", 1):
         raise LoadError("config.json: low_freq_factor must be below high_freq_factor")
+    if scaling == "dynamic":
+        p = {}  # the identity up to the context, and no sequence is longer
     return float(said["rope_theta"]), rotated, tuple(sorted(p.items()))
 
 
@@ -242,6 +239,7 @@ def tensors(c: Config) -> Iterator[tuple[str, list[str], list[tuple]]]:
 
 # ---- files -------------------------------------------------------------------------------------------------
 
+CLASSIFIER = re.compile(r"score\.(weight|bias)|v_head\..*")  # a head that this program does not read
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 
 
@@ -282,24 +280,36 @@ def open_tensors(path: Path):
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it; a shard index must agree with its files."""
+    """Tensor name -> the safetensors file that holds it: model.safetensors where it is there, whatever an
+    index beside it says, as in transformers; else the files of the index, which must agree with it."""
     index, mapped = folder / "model.safetensors.index.json", None
     files = [folder / "model.safetensors"]
-    if index.is_file():
+    if not files[0].exists() and there(index):
         mapped = read_json(index).get("weight_map")
         if not isinstance(mapped, dict) or any(Path(str(file)).name != file for file in mapped.values()):
             raise LoadError(f"{index.name}: weight_map must give plain file names in the same directory")
         files = [folder / file for file in sorted(set(mapped.values()))]
-    elif not files[0].is_file():
-        raise LoadError("no model.safetensors there (pickle checkpoints are refused: convert to safetensors)")
+    elif not files[0].exists():
+        raise LoadError(f"no model.safetensors there; {no_weights(folder)}")
     found = {}
     for path in files:
+        if not path.exists():
+            raise LoadError(f"{path.name}: missing, though {index.name} names it: this checkpoint is "
+                            "half-downloaded, download it again")
         with open_tensors(path) as file:
             found |= dict.fromkeys(file.keys(), path)
     if mapped is not None and {name: path.name for name, path in found.items()} != mapped:
         odd = sorted(set(mapped) ^ set(found)) or ["a name in two files"]
         raise LoadError(f"{index.name} and its files disagree, first on {odd[0]}")
     return found
+
+
+def no_weights(folder: Path) -> str:
+    """What a folder has that lacks both model.safetensors and an index. LoadError for a link to no file."""
+    there(folder / "model.safetensors")
+    if any(folder.glob("model-*.safetensors")):
+        return "only shards without their model.safetensors.index.json: download that too"
+    return lacking(folder, "pickle checkpoints are refused: convert to safetensors")
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -319,16 +329,24 @@ def read_tensor(path: Path, name: str) -> Tensor:
     return x
 
 
-def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[str, Tensor], int]:
-    """All parameters under canonical names, and how many tensors were ignored. Every tensor of the files is
-    consumed once or is a known buffer; every expected one is there with its shape."""
+def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[str, Tensor], list[str]]:
+    """All parameters under canonical names, and the tensors ignored. Every tensor of the files is consumed
+    once, or is a known buffer or a classifier's head; every expected one is there with its shape, but perhaps
+    the language model's own head where a classifier was saved."""
     row, params = FAMILIES[c.family], {}
     left = {name.removeprefix(row["prefix"]): (path, name) for name, path in files.items()}
     if len(left) != len(files):
         raise LoadError(f"some tensors are there both with and without the prefix {row['prefix']!r}")
-    ignored = [left.pop(name) for name in list(left) if re.fullmatch(row["buffers"], name)]
+    ignored = [name for name in left if re.fullmatch(row["buffers"], name) or CLASSIFIER.fullmatch(name)]
+    for name in ignored:
+        del left[name]
+    head, embed = (row["names"][part] + ".weight" for part in ("head", "embed"))
+    if c.tied and embed not in left and head in left:  # one tensor, saved under its other name
+        left[embed] = left.pop(head)
     for source, names, shapes in tensors(c):
         if source not in left:
+            if source == head and "score.weight" in ignored:
+                continue
             raise LoadError(f"tensor {source} is missing")
         stored = read_tensor(*left.pop(source))
         for name, piece in zip(names, canonical(c, source, stored, shapes)):
@@ -337,13 +355,25 @@ def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[
                 raise LoadError(f"tensor {source} does not fit into float16: choose bfloat16 or float32")
             if is_norm(name) and row.get("plus_one"):
                 params[name] += 1
-    head = row["names"]["head"] + ".weight"
     if c.tied and head in left and not torch.equal(read_tensor(*left.pop(head)).to(device, dtype),
                                                    params["embed.weight"]):
         raise LoadError(f"tie_word_embeddings ties the head to the embedding, but {head} differs from it")
     if left:
         raise LoadError(f"{len(left)} unexpected tensors, the first is {next(iter(left))}")
-    return params, len(ignored)
+    return params, ignored
+
+
+def summary(c: Config, params: dict[str, Tensor], ignored: list[str], raw: dict) -> str:
+    """The line that says what was loaded, and what of the checkpoint was left aside."""
+    head = "tied" if c.tied else "own" if "head.weight" in params else "no"
+    count, dtype = sum(x.numel() for x in params.values()) / 1e6, params["embed.weight"].dtype
+    line = (f"{c.family}: {len(params)} tensors, {len(ignored)} ignored, {head} head, {count:.1f}M "
+            f"parameters, {str(dtype).removeprefix('torch.')}")
+    if named := [name for name in ignored if CLASSIFIER.fullmatch(name)]:
+        line += f"; a classifier's head ignored: {', '.join(named):.300}"
+    if unread := unread_keys(raw):
+        line += f"; unknown keys of config.json ignored: {', '.join(unread):.300}"
+    return "".join(letter if letter.isprintable() else " " for letter in line)
 
 
 def canonical(c: Config, source: str, stored: Tensor, shapes: list[tuple]) -> tuple[Tensor, ...]:

@@ -23,12 +23,29 @@ class LoadError(ValueError):
         super().__init__(line if len(line) < 600 else f"{line[:400]} ... {line[-150:]}")
 
 
+def there(path: Path) -> bool:
+    """Whether a checkpoint has this file. LoadError for a link that leads nowhere, as caches hold them."""
+    if path.is_symlink() and not path.exists():
+        raise LoadError(f"{path.name} is a link to no file: this snapshot is half-downloaded, download it "
+                        "again")
+    return path.is_file()
+
+
+def lacking(folder: Path, otherwise: str) -> str:
+    """Why a file is not there: a snapshot in the hub's cache need not be whole."""
+    if folder.absolute().parent.name != "snapshots":
+        return otherwise
+    return "this snapshot is half-downloaded, download it again, or its repository has no such file"
+
+
 def read_json(path: Path) -> dict:
     """The object that a JSON file of a checkpoint holds. LoadError for anything else."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError:
-        raise LoadError(f"no {path.name} there; a directory in Hugging Face layout is needed") from None
+        there(path)
+        why = lacking(path.parent, "a directory in Hugging Face layout is needed")
+        raise LoadError(f"no {path.name} there; {why}") from None
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path.name}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
@@ -37,10 +54,11 @@ def read_json(path: Path) -> dict:
 
 
 class Tokenizer:
-    """Text <-> ids. size: highest id + 1. LoadError for files that are missing, damaged or contradictory."""
+    """Text <-> ids. size: highest id + 1; rows: of the embedding, where it is known: an id may lie beyond, a
+    text that uses it is refused. LoadError for files that are missing, damaged or contradictory."""
 
-    def __init__(self, folder: Path, family: str):
-        self.folder = folder
+    def __init__(self, folder: Path, family: str, rows: int | None = None):
+        self.folder, self.rows = folder, rows
         try:
             self.backend = open_backend(folder, family, read_settings(folder))
             around = self.backend.encode("").ids  # what is put around a text need not be in the vocabulary
@@ -52,7 +70,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Ids of each text. special=False: without the tokens put around a text (BOS), for a text that
-        continues another. LoadError for a text that gives no token at all."""
+        continues another. LoadError for a text that gives no token, or one that the embedding lacks."""
         try:
             ids = [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=special)]
         except BaseException as error:
@@ -61,6 +79,9 @@ class Tokenizer:
             if text and not tokens:
                 raise LoadError(f"{self.folder}: the tokenizer has no token for {text!r:.60}: it is of "
                                 "another language or model")
+            if self.rows is not None and max(tokens, default=0) >= self.rows:
+                raise LoadError(f"{self.folder}: {text!r:.60} has the token id {max(tokens)}, the embedding "
+                                f"only {self.rows} rows: change the text, or take the model's own tokenizer")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -94,16 +115,17 @@ def open_backend(folder: Path, family: str, settings: dict):
     """The tokenizers.Tokenizer of a folder, with no padding and no truncation."""
     from tokenizers import Tokenizer as Backend
     qwen = family.startswith("qwen") or str(settings.get("tokenizer_class")).startswith("Qwen")
-    if (folder / "tokenizer.json").is_file():
+    if there(folder / "tokenizer.json"):
         backend = Backend.from_file(str(folder / "tokenizer.json"))
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    elif there(folder / "vocab.json") and there(folder / "merges.txt"):
         backend = byte_level(read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"), qwen)
         add_special(backend, settings, qwen)
-    elif (folder / "qwen.tiktoken").is_file():
+    elif there(folder / "qwen.tiktoken"):
         backend = byte_level(*from_ranks(folder / "qwen.tiktoken"), True)
         backend.add_special_tokens(QWEN_SPECIAL)
     else:
-        raise LoadError("no tokenizer.json there, nor vocab.json with merges.txt, nor qwen.tiktoken")
+        why = lacking(folder, "save the tokenizer as tokenizer.json")
+        raise LoadError(f"no tokenizer.json there, nor vocab.json with merges.txt, nor qwen.tiktoken; {why}")
     words = backend.pre_tokenizer
     if settings.get("add_prefix_space") and words and b'"add_prefix_space":false' in words.__getstate__():
         raise LoadError("tokenizer_config.json asks for add_prefix_space, tokenizer.json does not")
@@ -150,14 +172,23 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], qwen: bool)
 def read_settings(folder: Path) -> dict:
     """tokenizer_config.json, with what older files tell beside it where it has no added_tokens_decoder."""
     def read_if_there(name):
-        return read_json(folder / name) if (folder / name).is_file() else {}
+        return read_json(folder / name) if there(folder / name) else {}
 
-    settings, special, added = map(read_if_there, TOKENIZER_FILES[-3:])
+    settings = read_if_there("tokenizer_config.json")
     if "added_tokens_decoder" in settings:
         return settings
+    special, added = read_if_there("special_tokens_map.json"), read_if_there("added_tokens.json")
     decoder = {place: dict(content=token, special=token in special.values())
                for token, place in added.items()}
     return settings | special | dict(added_tokens_decoder=decoder)
+
+
+def pad_token(folder: Path, family: str) -> int | None:
+    """The id of the token that the tokenizer's settings name for padding."""
+    settings = read_settings(folder)
+    token = settings.get("pad_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    return open_backend(folder, family, settings).token_to_id(content) if isinstance(content, str) else None
 
 
 def add_special(backend, settings: dict, qwen: bool) -> None:

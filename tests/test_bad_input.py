@@ -76,8 +76,15 @@ class Box:
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
 
+    def dangling(self, name):
+        """The file becomes a link to nothing."""
+        self.without(name)
+        (self.weak / name).symlink_to("../../blobs/" + "0" * 40)
+
     def shards(self, weight_map):
+        """The one file under another name, and an index."""
         names = load_file(self.weak / "model.safetensors")
+        (self.weak / "model.safetensors").rename(self.weak / "model-1.safetensors")
         self.json("model.safetensors.index.json", weight_map=weight_map(names))
 
     def vocab_and_merges(self, merges="", **vocab):
@@ -167,6 +174,20 @@ CHECKPOINTS = {
     "zero byte in the name": (r"no such directory", lambda b: b.flag("--weak", "a\0b")),
     "pickle only": (r"pickle checkpoints are refused", lambda b: (
         b.weak / "model.safetensors").rename(b.weak / "pytorch_model.bin")),
+    "shards without an index": (r"weak: .* only shards without their model\.safetensors\.index\.json",
+          lambda b: (b.weak / "model.safetensors").rename(b.weak / "model-00001-of-00002.safetensors")),
+    "weights that link to nothing": (r"weak: model\.safetensors is a link to no file: .*half-downloaded",
+          lambda b: b.dangling("model.safetensors")),
+    "configuration that links to nothing": (r"weak: config\.json is a link to no file: .*half-downloaded",
+          lambda b: b.dangling("config.json")),
+    "tokenizer that links to nothing": (r"weak: tokenizer\.json is a link to no file: .*half-downloaded",
+          lambda b: b.dangling("tokenizer.json")),
+    "settings that link to nothing": (r"tokenizer_config\.json is a link to no file", lambda b: (
+        b.json("tokenizer_config.json"), b.dangling("tokenizer_config.json"))),
+    "a classifier as the strong model": (
+        r"strong: has a classifier's head, and no language model's.*give the pretrained model", lambda b: (
+            b.json(side="strong", tie_word_embeddings=False),
+            b.tensors(lambda s: s.update({"score.weight": torch.ones(2, 32)}), "strong"))),
     "strong one truncated": (r"strong: .*truncated or damaged",
           lambda b: b.cut("model.safetensors", 0.5, "strong")),
     "header cut": (r"model\.safetensors: .*damaged", lambda b: b.cut("model.safetensors", 0.01)),
@@ -207,17 +228,18 @@ CHECKPOINTS = {
         lambda s: {k: str(b.strong / "model.safetensors") for k in s})),
     "index of the directory above": (r"weak: \.\.: missing, truncated or damaged", lambda b: b.shards(
         lambda s: {k: ".." for k in s})),
-    "index with a zero byte": (r"missing, truncated or damaged", lambda b: b.shards(
+    "index with a zero byte": (r"a.b: missing, .*half-downloaded", lambda b: b.shards(
         lambda s: {k: "a\0b" for k in s})),
-    "index with half a character": (r"missing, truncated or damaged", lambda b: b.shards(
+    "index with half a character": (r"missing, .*half-downloaded", lambda b: b.shards(
         lambda s: {k: "\ud800" for k in s})),
-    "index naming a missing file": (r"model-2\.safetensors: missing", lambda b: b.shards(
+    "index naming a missing file": (r"model-2\.safetensors: missing, .*half-downloaded", lambda b: b.shards(
         lambda s: {k: "model-2.safetensors" for k in s})),
     "index that names too much": (r"disagree, first on '?zz", lambda b: b.shards(
-        lambda s: {k: "model.safetensors" for k in [*s, "zz"]})),
+        lambda s: {k: "model-1.safetensors" for k in [*s, "zz"]})),
     "larger than the memory": (r"weak: .*memory.*--dtype bfloat16", lambda b: b.monkeypatch.setattr(
         "model.read_params", no_memory)),
-    "index not JSON": (r"index\.json: not valid JSON", lambda b: b.text("model.safetensors.index.json", "{")),
+    "index not JSON": (r"index\.json: not valid JSON", lambda b: (
+        b.shards(lambda s: {}), b.text("model.safetensors.index.json", "{"))),
 }
 CONFIGS = {
     "not JSON": (r"config\.json: not valid JSON", lambda b: b.cut("config.json", 0.5)),
@@ -226,7 +248,11 @@ CONFIGS = {
     "nested too deep": (r"config\.json: not valid JSON",
           lambda b: b.text("config.json", '{"a":' + "[" * 100_000)),
     "a directory": (r"config\.json", lambda b: (b.without("config.json"), (b.weak / "config.json").mkdir())),
-    "unknown key": (r"unknown key 'new_trick' \(= 0\.5\)", lambda b: b.json(new_trick=0.5)),
+    "not causal": (r"is_causal = False is not supported, only True", lambda b: b.json(is_causal=False)),
+    "layers that differ": (r"per_layer_config = {'0'", lambda b: b.json(
+        per_layer_config={"0": {"hidden_act": "relu"}})),
+    "part of a head is turned": (r"partial_rotary_factor = 0\.5 is not supported", lambda b: b.json(
+        partial_rotary_factor=0.5)),
     "mixture of experts": (r"model_type 'mixtral' is not supported, only gpt2", lambda b: b.json(
         model_type="mixtral")),
     "no family": (r"model_type None is not supported", lambda b: b.json(model_type=None)),
@@ -275,7 +301,6 @@ CONFIGS = {
           lambda b: b.json(tie_word_embeddings="false")),
     "sliding window off by a word": (r"use_sliding_window = 'false' .*true or false", lambda b: b.json(
         model_type="qwen2", num_key_value_heads=2, use_sliding_window="false")),
-    "a key of another family": (r"unknown key 'num_layers'", lambda b: b.json(num_layers=2)),
 }
 TOKENIZERS = {
     "missing": (r"weak: no tokenizer\.json there", lambda b: b.without("tokenizer.json")),
@@ -283,8 +308,9 @@ TOKENIZERS = {
     "empty": (r"tokenizer's files are damaged", lambda b: b.text("tokenizer.json", "")),
     "nested too deep": (r"tokenizer's files are damaged", lambda b: b.text(
         "tokenizer.json", '{"a":' + "[" * 100_000)),
-    "larger than the vocabulary": (r"tokenizer has 300 ids, the embedding 299 rows", lambda b: (
-        b.json(vocab_size=299), b.tensors(lambda s: s.update({EMBED: s[EMBED][:299].clone()})))),
+    "larger than the vocabulary": (
+        r"weak: '.*Which colour.*' has the token id 2\d\d, the embedding only 200 rows", lambda b: (
+        b.json(vocab_size=200), b.tensors(lambda s: s.update({EMBED: s[EMBED][:200].clone()})))),
     "of another family": (r"weak: .*damaged \(WordPiece error: Missing \[UNK\]", lambda b: b.json(
         "tokenizer.json", model={"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                                  "max_input_chars_per_word": 100, "vocab": {"bonjour": 0}})),
@@ -298,7 +324,7 @@ TOKENIZERS = {
             "type": "TemplateProcessing", "pair": [], "special_tokens": {},     # the Rust code panics
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
                        {"Sequence": {"id": "A", "type_id": 0}}]})),
-    "template of an id that is not there": (r"tokenizer has 1001 ids, the embedding 300 rows",
+    "template of an id that is not there": (r"'Q: .*' has the token id 1000, the embedding only 300 rows",
           lambda b: b.json(
         "tokenizer.json", post_processor={
             "type": "BertProcessing", "sep": ["[SEP]", 1000], "cls": ["[CLS]", 1]})),
@@ -422,9 +448,9 @@ FLAGS = {
           lambda b: b.flag("--device", "tpu")),
     "device without data": (r"weak: device 'meta' cannot be used", lambda b: b.flag("--device", "meta")),
     "keep of a method that is not run": (r"--keep", lambda b: b.flag("--keep", "selective")),
-    "learning rate too high": (r"(the loss is .* at step \d+|weights are not finite after step) .*lower it",
+    "learning rate too high": (r"(the loss is .* at step \d+|not finite after step \d+, the last) .*lower it",
                                lambda b: b.flag("--lr", "1e30")),
-    "learning rate too high in the only step": (r"not finite after step 1, the last .*lower it", lambda b: b.flag(
+    "learning rate too high in the only step": (r"weights are not finite after step 1", lambda b: b.flag(
         "--lr", "1e38", "--epochs", "1", "--batch", "1000", "--tune", "head")),
     "rerun of nothing": (r"none\.json", lambda b: b.flag("--rerun", str(b.folder / "none.json"))),
     "rerun of a directory": (r"weak", lambda b: b.flag("--rerun", str(b.weak))),

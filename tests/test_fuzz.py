@@ -321,10 +321,7 @@ VALUES = [True, False, None, 0, 1, 2, 4, 8, 64, 300, 0.5, 1.0, 1e-5, 1e4, "silu"
 
 def known_keys(family: str) -> list[str]:
     from data import checkpoint as C
-    row = C.FAMILIES[family]
-    keys = [key for field in row["numbers"] for key in C.keys_of(row, field)]
-    return keys + row.get("also", "").split() + [
-        "rope_scaling", "rope_parameters", *row["must"], *row.get("echo", {})]
+    return sorted(C.known_keys(C.FAMILIES[family]))
 
 
 def damage(rng: random.Random, kind: str, base: dict) -> tuple[dict[str, bytes], str]:

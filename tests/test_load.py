@@ -2,8 +2,10 @@
 
 Run: pytest tests/test_load.py (about 40 s on two cores). Real files are read from ../shared when it is there.
 """
+import dataclasses
 import hashlib
 import http.server
+import inspect
 import json
 import os
 import re
@@ -21,9 +23,11 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 from data import checkpoint as C
+from data.families import INERT_KEYS
 
 transformers = pytest.importorskip("transformers")
-from test_model import LENGTHS, REAL, TOKENS, reference, tiny, tokenizer_file  # noqa: E402, F401
+from test_model import (LENGTHS, REAL, TOKENS, TRAIN, VARIANTS, reference, shake, tiny,  # noqa: E402, F401
+                        tokenizer_file)
 
 # ---- real files --------------------------------------------------------------------------------------------
 
@@ -38,8 +42,7 @@ REFUSED = {"bigscience__bloom-560m": "model_type 'bloom'",
            "tiiuae__falcon-7b": "model_type 'RefinedWebModel'",
            "microsoft__phi-1": "model_type 'phi'",
            "OpenAssistant__oasst-rm-pythia-1.4b": "model_type 'gpt_neox_reward_model'",
-           "gpt2_gptq-4bit_variant": "quantised",
-           "hf-internal-testing__tiny-random-gpt2": "unknown key 'hidden_act'"}
+           "gpt2_gptq-4bit_variant": "quantised"}
 HUB = sorted(p.parent.name for p in SHARED.glob("hub/*/config.json")) or ["none here"]
 
 
@@ -100,6 +103,7 @@ def settings(**keys):
 def sharded(weight_map):
     def mutate(folder):
         names = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map(names))))
     return mutate
 
@@ -133,7 +137,6 @@ BAD = {
     "empty file": (cut("model.safetensors", 0), "truncated or damaged"),
     "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
                     "pickle checkpoints are refused"),
-    "unknown key": (settings(new_trick=0.5), "unknown key 'new_trick'"),
     "value not supported": (settings(scale_attn_by_inverse_layer_idx=True),
                             "scale_attn_by_inverse_layer_idx = True is not supported"),
     "mixture of experts": (settings(model_type="mixtral"),
@@ -153,11 +156,15 @@ BAD = {
     "index without a map": (sharded(lambda s: None), "weight_map"),
     "index naming a missing file": (sharded(lambda s: {k: "model-2.safetensors" for k in s}),
                                     "model-2.safetensors: missing"),
-    "index that names too much": (sharded(lambda s: {k: "model.safetensors" for k in [*s, "zz"]}),
+    "index that names too much": (sharded(lambda s: {k: "model-1.safetensors" for k in [*s, "zz"]}),
                                   "disagree, first on zz"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json there"),
     "tokenizer damaged": (cut("tokenizer.json", 0.7), "tokenizer's files are damaged"),
-    "tokenizer too large": (lambda f: tokenizer_file(f, 102), "102 ids, the embedding 101 rows"),
+    "extra head": (tensors(lambda s: s.update({"transformer.senses.weight": torch.ones(2, 40)})),
+                   "1 unexpected tensors, the first is senses.weight"),
+    "multi-query attention": (
+        tensors(lambda s: s.update({"transformer.h.0.attn.c_attn.weight": torch.ones(40, 56)})),
+        r"c_attn\.weight has shape \(56, 40\), config\.json implies \(120, 40\)"),
 }
 
 
@@ -196,30 +203,310 @@ def test_refused_settings_of_other_families():
             C.configure(base | keys)
 
 
+# ---- keys of config.json -----------------------------------------------------------------------------------
+
+ISSUE_KEYS = dict(  # found in real files, read by no class of our families
+    max_sequence_length=1024, type_vocab_size=16, custom_pipelines={}, end_token_id=2, num_steps=10,
+    badwordsids=None, use_flash_attention=False, torchscript=False, author="someone",
+    _model_name_or_path="x", sliding_window_size=4096, unsloth_version="2024.8", pruned_heads={},
+    tie_encoder_decoder=False, _attn_implementation_autoset=True, new_trick=0.5,
+    auto_map={"AutoModelForCausalLM": "modeling_x.X"}, **{"transformers.js_config": {}})
+DROPPED_KEYS = dict(max_length=20, bad_words_ids=[[1]], temperature=0.5, top_p=0.9, do_sample=True,
+                    max_new_tokens=None)  # known, and nothing to a forward pass
+
+
+def config_class(family):
+    return type(transformers.AutoConfig.for_model(family))
+
+
+def keys_that_transformers_knows(family):
+    """The fields of the family's configuration class and of its bases, what their constructors take beside
+    them, and what the family's network asks the configuration for."""
+    cls = config_class(family)
+    network = inspect.getsource(inspect.getmodule(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[cls]))
+    makers = [vars(base)["__post_init__"] for base in cls.__mro__ if "__post_init__" in vars(base)]
+    taken = r'kwargs\.(?:pop|get)\("(\w+)"'
+    keys = {key for maker in makers for key in re.findall(taken, inspect.getsource(maker))}
+    keys -= {"rope_scaling", "rope_theta"}  # left to the family's own method
+    if hasattr(cls(), "rope_parameters"):
+        keys |= set(re.findall(taken, inspect.getsource(cls.convert_rope_params_to_dict)))
+    keys |= {field.name for field in dataclasses.fields(cls)} | cls.attribute_map.keys()
+    keys |= set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', network))
+    return keys | transformers.GenerationConfig._get_default_generation_params().keys()
+
+
+@pytest.mark.parametrize("family", [family for family in C.FAMILIES if family != "qwen"])
+def test_every_key_that_transformers_knows_is_read_inert_or_refused(family):
+    """And the row names no other key."""
+    mine, theirs = C.known_keys(C.FAMILIES[family]), keys_that_transformers_knows(family)
+    assert len(theirs) > 60
+    assert not {key for key in theirs - mine if not INERT_KEYS.fullmatch(key)}
+    elsewhere = {"attention_layers", "_sliding_window_pattern",  # written by transformers itself
+                 "is_causal", "transformers_weights", "partial_rotary_factor"}  # by code of all families
+    assert mine - theirs <= elsewhere
+
+
+def alike(raw, folder):
+    """transformers' model of this config.json, saved with it as it stands, and ours: the same logits."""
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**raw), attn_implementation="eager", dtype=torch.float32).eval()
+    shake(theirs)
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer_file(folder)
+    net, _ = M.load(folder)
+    with torch.no_grad():
+        want = theirs(TOKENS, attention_mask=REAL.long()).logits[REAL]
+        torch.testing.assert_close(net.logits(net.packed(TOKENS[REAL], LENGTHS.tolist())[0]), want)
+    return net
+
+
+def shrunk(raw):
+    """The same configuration in small."""
+    row = C.FAMILIES[raw["model_type"]]
+    numbers = C.read_numbers(raw, row)
+    kv_heads = numbers.get("kv_heads")
+    small = dict(vocab=101, width=48, layers=3, heads=6, kv_heads=6 if kv_heads == numbers["heads"] else 2,
+                 head_dim=16, inner=56, context=64, slide_from=1)
+    out = dict(raw)
+    for field, value in small.items():
+        for key in C.keys_of(row, field) if field in row["numbers"] else ():
+            if raw.get(key) is not None:
+                out[key] = value
+    if "layer_types" in raw:
+        out["layer_types"] = raw["layer_types"][:3]
+    return out | {key: None for key in raw if key.endswith("_token_id")}
+
+
+@pytest.mark.parametrize("name", [name for name in HUB if name not in REFUSED])
+def test_real_configurations_in_small(name, tmp_path, capsys):
+    """Equal logits, also with the keys that real files have beside those."""
+    raw = shrunk(json.loads(shared("hub", name, "config.json").read_text()))
+    full = raw | ISSUE_KEYS | DROPPED_KEYS
+    alike(full, tmp_path)
+    assert C.configure(full) == C.configure(raw)
+    named = C.unread_keys(full)
+    assert set(named) == {key for key in ISSUE_KEYS if full[key] is not None} | set(C.unread_keys(raw))
+    assert "ignored: " + ", ".join(named)[:300] in capsys.readouterr().out
+
+
+FOREIGN = dict(  # keys of some families, with values that would change every other
+    rotary_emb_base=500, rotary_pct=0.5, layer_norm_eps=0.5, layer_norm_epsilon=0.5, rms_norm_eps=0.5,
+    activation_function="relu", hidden_act="relu", hidden_activation="relu", num_layers=2, n_positions=8,
+    window_size=8, sliding_window=8, layer_types=["full_attention"] * 3, mlp_bias=True, attention_bias=True,
+    kv_channels=4, n_inner=8, ffn_dim=8, use_parallel_residual=False, attn_logit_softcapping=1.0,
+    final_logit_softcapping=1.0, query_pre_attn_scalar=7, rope_local_base_freq=500.0, use_mrope=True,
+    rope_interleaved=True, alibi=True, multi_query=True, pos_offset=3, qk_layernorm=True, no_bias=False,
+    attention_types=[[["local"], 3]], scale_attn_weights=False, do_layer_norm_before=False)
+
+
+@pytest.mark.parametrize("family", [family for family in C.FAMILIES if family != "qwen"])
+def test_keys_of_other_families_change_nothing(family, tmp_path, capsys):
+    mine = C.known_keys(C.FAMILIES[family])
+    foreign = {key: value for key, value in FOREIGN.items() if key not in mine}
+    alike(dict(model_type=family) | VARIANTS[family][1] | foreign, tmp_path)
+    assert len(foreign) > 15 and f"ignored: {', '.join(foreign):.300}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant, keys", [
+    ("llama", dict(rope_scaling=dict(type="dynamic", factor=4.0))),
+    ("qwen2", dict(rope_scaling=dict(rope_type="dynamic", factor=2.0), rope_theta=5e4)),
+    ("gpt_neox", dict(rope_scaling=dict(type="dynamic", factor=8.0), rotary_pct=0.5)),
+    ("gpt_neox", dict(rope_scaling=dict(type="linear", factor=8.0), rotary_pct=0.5, head_dim=16)),
+    ("llama", dict(partial_rotary_factor=1.0)), ("mistral", dict(attention_bias=False)),
+    ("gemma", dict(hidden_activation="relu", hidden_act="gelu")), ("gemma2", dict(hidden_act="relu"))])
+def test_keys_that_are_honoured(variant, keys, tmp_path):
+    family, numbers = VARIANTS[variant]
+    raw = {key: value for key, value in numbers.items() if key != "rope_parameters"}
+    net = alike(dict(model_type=family) | raw | keys | dict(max_position_embeddings=43), tmp_path)
+    with pytest.raises(ValueError, match="longer than the context of 43"):
+        net.packed(TOKENS[0, [0] * 44], [44])
+
+
 @pytest.mark.parametrize("family, key, value", [
-    ("llama", "partial_rotary_factor", 0.5), ("qwen3", "partial_rotary_factor", 0.5),
-    ("gemma2", "partial_rotary_factor", 0.5), ("llama", "rotary_emb_base", 500),
-    ("llama", "layer_norm_eps", 0.01), ("llama", "activation_function", "gelu"), ("llama", "num_layers", 2),
-    ("llama", "n_positions", 8), ("gpt_neox", "rope_theta", 500), ("gpt_neox", "partial_rotary_factor", 0.5),
-    ("gpt_neox", "rms_norm_eps", 0.01), ("gpt2", "hidden_act", "relu"), ("gpt2", "intermediate_size", 8),
-    ("opt", "layer_norm_eps", 0.01), ("opt", "attention_bias", False), ("gemma", "hidden_activation", "relu"),
-    ("gemma2", "hidden_act", "relu"), ("gemma3_text", "hidden_act", "gelu"), ("mistral", "window_size", 8),
-    ("mistral", "layer_types", ["full_attention"] * 32), ("phi3", "layer_types", ["full_attention"] * 32),
-    ("mistral", "attention_bias", True), ("qwen2", "attention_bias", True), ("qwen3", "mlp_bias", True)])
-def test_keys_that_a_family_does_not_read_are_refused(family, key, value):
-    """transformers ignores them there; they are another family's, or a mistake."""
-    with pytest.raises(M.LoadError, match=f"key '{key}'|{key} = "):
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True), ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "add_cross_attention", True), ("llama", "partial_rotary_factor", 0.5),
+    ("opt", "do_layer_norm_before", False), ("opt", "_remove_final_layer_norm", True),
+    ("opt", "layer_norm_elementwise_affine", False), ("gemma", "use_bidirectional_attention", True),
+    ("gemma3_text", "use_bidirectional_attention", True), ("gemma3_text", "attn_logit_softcapping", 50.0),
+    ("qwen", "no_bias", False), ("qwen", "use_cache_quantization", True),
+    *((family, "is_causal", False) for family in C.FAMILIES),
+    ("llama", "per_layer_config", {"1": {"rms_norm_eps": 0.5}}),
+    ("llama", "transformers_weights", "other.safetensors")])
+def test_values_that_would_change_the_result_are_refused(family, key, value):
+    with pytest.raises(M.LoadError, match=f"{key} = .* is not supported, only "):
         C.configure({"model_type": family, key: value})
 
 
-def test_keys_that_say_what_is_so_are_taken():
-    for same in (dict(model_type="llama", partial_rotary_factor=1.0),
-                 dict(model_type="gpt_neox", rotary_emb_base=500, rope_theta=500, partial_rotary_factor=0.25),
-                 dict(model_type="gemma2", hidden_act="gelu_pytorch_tanh"),
-                 dict(model_type="gemma", hidden_act="gelu", hidden_activation=None),
-                 dict(model_type="mistral", attention_bias=False)):
-        C.configure(same)
-    assert C.configure(dict(model_type="gemma2", hidden_activation="gelu")).act == "gelu"  # and not tanh
+@pytest.mark.parametrize("scaling", ["yarn", "longrope", "su", "mrope"])
+def test_rope_scalings_that_we_lack_are_refused(scaling):
+    with pytest.raises(M.LoadError, match=f"RoPE scaling '{scaling}'"):
+        C.configure(dict(model_type="phi3", rope_scaling=dict(type=scaling, factor=4.0)))
+
+
+def test_biases_that_no_key_announces_decide(reference, tmp_path):
+    """MistralConfig does not read attention_bias: the tensors do not fit."""
+    shutil.copytree(reference("mistral")[0], tmp_path / "biased")
+    tensors(lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(96)}))(tmp_path / "biased")
+    settings(attention_bias=True)(tmp_path / "biased")
+    with pytest.raises(M.LoadError, match="unexpected tensors, the first is layers.0.self_attn.q_proj.bias"):
+        M.load(tmp_path / "biased")
+
+
+def test_the_line_of_a_checkpoint_is_one_printable_line(tiny, tmp_path, capsys):
+    """A key may be half a character, which no console can print."""
+    shutil.copytree(tiny, tmp_path / "odd")
+    settings(**{"a\nb\x1b[2J\ud800": 1})(tmp_path / "odd")
+    M.load(tmp_path / "odd")
+    line, = capsys.readouterr().out.splitlines()
+    assert line.isprintable() and "ignored: a b [2J" in line
+
+
+# ---- files as people have them -----------------------------------------------------------------------------
+
+def same(a, b):
+    pairs = zip(a.params.items(), b.params.items(), strict=True)
+    return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
+
+
+@pytest.mark.parametrize("shards", ["stale", "missing", "not JSON"])
+def test_one_whole_file_wins_over_an_index(shards, tiny, tmp_path):
+    """As in transformers: what stands beside model.safetensors is not read."""
+    shutil.copytree(tiny, tmp_path / "both")
+    state = load_file(tiny / "model.safetensors")
+    index = tmp_path / "both" / "model.safetensors.index.json"
+    index.write_text("{" if shards == "not JSON" else json.dumps(dict(
+        weight_map=dict.fromkeys(state, "model-00001-of-00001.safetensors"))))
+    if shards == "stale":
+        save_file({name: x + 1 for name, x in state.items()},
+                  tmp_path / "both" / "model-00001-of-00001.safetensors")
+    net, _ = M.load(tmp_path / "both")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert same(net, M.load(tiny)[0])
+    assert torch.equal(net.params["embed.weight"], theirs.transformer.wte.weight)
+
+
+def snapshot(source, folder, **blobs):
+    """A folder of the hub's cache: links to blobs; name=None: a link that leads nowhere."""
+    snap = folder / "models--org--name" / "snapshots" / "c0ffee"
+    snap.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, snap.parent / file.name)
+            (snap / file.name).symlink_to(Path("..") / file.name)
+    for name, there in blobs.items():
+        (snap / name.replace("__", ".")).unlink(missing_ok=True)
+        if there is not None:
+            (snap / name.replace("__", ".")).symlink_to(Path("..") / ".." / "blobs" / "0")
+    return snap
+
+
+def test_a_dangling_link_to_a_file_nobody_needs_stops_nothing(tiny, tmp_path):
+    import selw2s
+    odd = ("README__md", "pytorch_model__bin", "generation_config__json", "vocab__json", "merges__txt",
+           "model-00001-of-00002__safetensors", "model__safetensors__index__json", "notes__txt")
+    snap = snapshot(tiny, tmp_path, **dict.fromkeys(odd, "link"))
+    assert same(M.load(snap)[0], M.load(tiny)[0])
+    config = selw2s.Config(device="cpu", dtype="float32")
+    (snap / "folder.json").mkdir()
+    assert len(selw2s.pretrained(str(snap), False, config).sha256) == 64
+
+
+@pytest.mark.parametrize("name, there", [(name, there) for name in ("config__json", "model__safetensors",
+                                         "tokenizer__json") for there in ("link", None)])
+def test_a_half_downloaded_snapshot_is_called_that(name, there, tiny, tmp_path):
+    with pytest.raises(M.LoadError, match="half-downloaded.*download it again"):
+        M.load(snapshot(tiny, tmp_path, **{name: there}))
+
+
+def test_a_missing_shard_is_a_half_downloaded_checkpoint(reference, tmp_path):
+    snap = snapshot(reference("llama")[0], tmp_path)
+    assert len(list(snap.glob("model-*"))) > 2
+    M.load(snap)
+    sorted(snap.glob("model-*"))[1].unlink()
+    with pytest.raises(M.LoadError, match="model-00002-of-.*half-downloaded"):
+        M.load(snap)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama-biased", "gemma"])
+def test_a_tied_model_saved_under_the_name_of_its_head(variant, reference, tmp_path):
+    """safetensors' save_model keeps one name of two, not always the embedding's."""
+    folder = reference(variant)[0]
+    shutil.copytree(folder, tmp_path / "tied")
+    row = C.FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
+    embed = f"{row['prefix']}{row['names']['embed']}.weight"
+    tensors(lambda s: s.update({"lm_head.weight": s.pop(embed)}))(tmp_path / "tied")
+    assert same(M.load(tmp_path / "tied")[0], M.load(folder)[0])
+
+
+def test_heads_of_classifiers_beside_a_causal_model_are_named_and_ignored(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "heads")
+    more = {"score.weight": torch.ones(2, 40), "v_head.summary.weight": torch.ones(1, 40),
+            "v_head.summary.bias": torch.ones(1)}
+    tensors(lambda s: s.update(more))(tmp_path / "heads")
+    assert same(M.load(tmp_path / "heads")[0], M.load(tiny)[0])
+    assert "a classifier's head ignored: score.weight, v_head.summary.bias, v_head.summary.weight" in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gpt2-erf", "gpt_neox", "opt", "llama", "gemma2", "phi3"])
+def test_a_saved_student_is_loaded_again(variant, reference, tmp_path, capsys):
+    """Its states are the student's; its head is the embedding, or it has none and says so when asked."""
+    net, _ = M.load(reference(variant)[0])
+    student = M.finetune(net, **TRAIN)
+    student.save(tmp_path / "student")
+    again, _ = M.load(tmp_path / "student")
+    sequences = TRAIN["inputs"][:3]
+    torch.testing.assert_close(M.hidden_at(again, sequences), M.hidden_at(student.model, sequences))
+    M.finetune(again, **TRAIN, tune="lora").save(tmp_path / "twice")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "a classifier's head ignored: score.weight" in line
+    if net.config.tied:
+        assert "tied head" in line and again.logits(M.hidden_at(again, sequences)).shape == (3, 101)
+    else:
+        assert " no head" in line
+        with pytest.raises(M.LoadError, match="has a classifier's head.*give the pretrained model"):
+            M.read(again, [[1, 2]], [[[3], [4]]], [0])
+
+
+def test_a_language_model_without_its_head_is_refused(reference, tmp_path):
+    shutil.copytree(reference("gpt_neox")[0], tmp_path / "bare")
+    tensors(lambda s: s.pop("embed_out.weight"))(tmp_path / "bare")
+    with pytest.raises(M.LoadError, match="tensor embed_out.weight is missing"):
+        M.load(tmp_path / "bare")
+
+
+def test_a_tokenizer_larger_than_the_embedding(tiny, tmp_path):
+    """Only a text that uses such an id is refused: gemma-3-1b-it has one, people add [PAD]."""
+    shutil.copytree(tiny, tmp_path / "larger")
+    tokenizer_file(tmp_path / "larger", 110)
+    _, tokenizer = M.load(tmp_path / "larger")
+    assert tokenizer.size == 110 and tokenizer.encode(["100"]) == [[100]]
+    with pytest.raises(M.LoadError, match="larger: '101' has the token id 101, the embedding only 101 rows"):
+        tokenizer.encode(["7", "101"])
+
+
+@pytest.mark.parametrize("keys, tokenizer, pad", [
+    (dict(eos_token_id=7), {}, 7), (dict(eos_token_id=[9, 8]), {}, 9), ({}, {}, 0),
+    (dict(pad_token_id=5, eos_token_id=7), dict(pad_token="3"), 5),
+    (dict(pad_token_id=-1, eos_token_id=7), {}, 7), (dict(eos_token_id=7), dict(pad_token="3"), 3),
+    (dict(eos_token_id=7), dict(pad_token={"content": "105"}), 7)])
+def test_a_saved_classifier_names_its_padding(keys, tokenizer, pad, tiny, tmp_path):
+    """Without, transformers refuses a batch of more than one."""
+    shutil.copytree(tiny, tmp_path / "source")
+    tokenizer_file(tmp_path / "source", 110)
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    raw = json.loads((tiny / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if not key.endswith("_token_id")}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(raw | keys))
+    student = M.finetune(M.load(tmp_path / "source")[0], **TRAIN)
+    student.save(tmp_path / "student")
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["pad_token_id"] == pad
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
+    sequences = [[11, 12, 13, 14], [21, 22]]
+    with torch.no_grad():
+        p = theirs(torch.tensor([sequences[0], sequences[1] + [pad] * 2])).logits.softmax(-1)[:, 1]
+    torch.testing.assert_close(student.predict(sequences), p, rtol=1e-5, atol=2e-5)
 
 
 def test_absent_keys_take_the_family_default():
