@@ -767,11 +767,11 @@ def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return knn(x - x.mean(0), min(k, len(x) - 1))
 
 
-def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
-    """{(alpha, k): smoothed P(y = 1) (n,)} from one neighbour list, whose first k columns are the k nearest:
-    one function for choosing and for use."""
+def smooth_grid(near, priors: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
+    """{(alpha, k): smoothed P(y = 1) (m, P)} of priors (m, P), from one neighbour list, whose first k columns are
+    the k nearest: one function for choosing and for use."""
     index, similarity = near
-    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (n, 2)
+    Y = torch.cat([1 - priors, priors], 1).to(index.device)                 # (m, 2 P)
     out = {}
     for k in ks:
         S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
@@ -779,7 +779,8 @@ def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[flo
             result = propagate(S, Y, alpha)
             if result.residual > 1e-5:
                 raise TrainError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
-            out[alpha, k] = (result.F[:, 1] / result.F.sum(1)).float().to(prior.device)
+            no, yes = result.F.chunk(2, 1)
+            out[alpha, k] = (yes / (no + yes)).float().to(priors.device)
     return out
 
 
@@ -789,7 +790,7 @@ def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) 
     features (n, C) hidden states at the item's last token, prior (n,) P(y = 1). alpha = 0: prior itself."""
     if alpha == 0:
         return prior
-    return smooth_grid(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
+    return smooth_grid(neighbours(features, k), prior[:, None], (alpha,), (k,), gamma)[alpha, k][:, 0]
 
 
 class Smoothing(NamedTuple):
@@ -803,16 +804,17 @@ class Smoothing(NamedTuple):
 
 class View(NamedTuple):
     """One fold of D_l beside D_u, m items, all labelled by the supervisor that saw neither; only the fold's
-    truth is known."""
+    truth is known. P priors are looked at side by side."""
     features: Tensor    # (m, R, C)
-    prior: Tensor       # (m,) P(y = 1)
+    priors: Tensor      # (m, P) P(y = 1)
     truth: Tensor       # (m,) what is known of it
-    scored: Tensor      # (m,) bool: has truth, and would be smoothed
+    scored: Tensor      # (m, P) bool: has truth, and would be smoothed
 
 
 def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors: bool) -> list[View]:
-    """One per fold of D_l, so that labels and density are those smoothing will meet [D6]. routed_*: bool, the
-    rows that take the own label and are not scored; anchors: it is their prior [D5]."""
+    """One per fold of D_l, so that labels and density are those smoothing will meet [D6], with two priors: 0,
+    as the method smooths, rows that take the own label, routed_* (n,) bool, not scored and, with anchors, with
+    it as their prior [D5]; 1, all weak labels, as graph-only smooths them."""
     learn, transfer, out = prep.learn, prep.transfer, []
     for f in learn.fold.unique():
         at = learn.fold == f
@@ -820,44 +822,49 @@ def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors
         own = torch.cat([learn.own[at], transfer.own])
         is_self = torch.cat([routed_learn[at], routed_transfer])
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
-        prior = torch.where(is_self, own, weak) if anchors else weak
+        prior, known = torch.where(is_self, own, weak) if anchors else weak, ~truth.isnan()
         features = torch.cat([learn.item_state[at], transfer.item_state])
-        out.append(View(features, prior, truth, ~is_self & ~truth.isnan()))
+        out.append(View(features, torch.stack([prior, weak], 1), truth,
+                        torch.stack([known & ~is_self, known], 1)))
     return out
 
 
-def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
-    """alpha, k, layer that make the scored labels most accurate; alpha = 0, no smoothing, unless one beats it
-    by two standard errors of the paired difference: the best of many noisy candidates looks better than it is
-    [D6]. A fixed --alpha is always taken."""
-    auto = config.alpha == "auto"
+def right_where_scored(view: View, p: Tensor, prior: int) -> Tensor:
+    """1.0 where the label p (m, P) of an item scored under that prior is right."""
+    return ((p[:, prior] > 0.5) == (view.truth > 0.5))[view.scored[:, prior]].double()
+
+
+def choose_smoothing(graphs: list[View], config: Config) -> list[Smoothing]:
+    """For each of the P priors the alpha, k, layer that make its scored labels most accurate; alpha = 0, no
+    smoothing, unless one beats it by two standard errors of the paired difference: the best of many noisy
+    candidates looks better than it is [D6]. A fixed --alpha is always taken."""
+    auto, P = config.alpha == "auto", graphs[0].priors.shape[1]
     alphas = ALPHAS if auto else (float(config.alpha),)
-    smallest = min(len(view.prior) for view in graphs)
+    smallest = min(len(view.priors) for view in graphs)
     ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)
-    right = torch.cat([right_where_scored(view, view.prior) for view in graphs])
-    if len(right) < 2 or smallest < 2:
-        return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
-    before = float(right.mean())
-    best = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)       # -1: a fixed alpha beats it
-    if alphas == (0.0,):
-        return best._replace(after=before)
+    right = [torch.cat([right_where_scored(view, view.priors, i) for view in graphs]) for i in range(P)]
+    best = [Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)] * P        # nothing to choose by
+    for i in range(P):
+        if len(right[i]) >= 2 and smallest >= 2:
+            before = float(right[i].mean())     # and -1 afterwards: a fixed alpha beats that
+            best[i] = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)
+    choosing = [i for i in range(P) if best[i].before is not None]
+    if alphas == (0.0,) or not choosing:
+        return [b._replace(after=b.before) for b in best]
     for layer in range(graphs[0].features.shape[1]):
         found = {(alpha, k): [] for alpha in alphas for k in ks}
         for view in graphs:
             near = neighbours(view.features[:, layer].to(config.device), max(ks))
-            for candidate, p in smooth_grid(near, view.prior, alphas, ks, config.gamma).items():
-                found[candidate].append(right_where_scored(view, p))
-        for (alpha, k), now in found.items():
-            gain = torch.cat(now) - right
-            after = float((right + gain).mean())
-            if after > best.after and (not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5):
-                best = Smoothing(layer, alpha, k, before, after)
+            for candidate, p in smooth_grid(near, view.priors, alphas, ks, config.gamma).items():
+                found[candidate].append(p)
+        for (alpha, k), smoothed in found.items():
+            for i in choosing:
+                now = torch.cat([right_where_scored(view, p, i) for view, p in zip(graphs, smoothed)])
+                gain = now - right[i]
+                clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+                if clear and float(now.mean()) > best[i].after:
+                    best[i] = Smoothing(layer, alpha, k, best[i].before, float(now.mean()))
     return best
-
-
-def right_where_scored(view: View, p: Tensor) -> Tensor:
-    """1.0 where the label p (m,) of a scored item is right."""
-    return ((p > 0.5) == (view.truth > 0.5))[view.scored].double()
 
 
 class Selected(NamedTuple):
@@ -883,9 +890,8 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     routed, is_self = route(p_transfer, transfer.own, transfer.weak, tau)
     _, is_self_learn = route(p_learn, learn.own, learn.weak, tau_learn)
 
-    none = torch.zeros_like(is_self)
-    chosen = choose_smoothing(views(prep, is_self_learn, is_self, bool(config.anchors)), config)    # [D6]
-    alone = choose_smoothing(views(prep, torch.zeros_like(is_self_learn), none, False), config)
+    graphs = views(prep, is_self_learn, is_self, bool(config.anchors))
+    chosen, alone = choose_smoothing(graphs, config)                                                # [D6]
     prior = routed if config.anchors else transfer.weak                                             # [D5]
     states = transfer.item_state.to(config.device)
     refined = smooth(states[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)

@@ -30,8 +30,8 @@ def d_l_views(prep, by_fold: bool) -> list:
     learn, out = prep.learn, []
     for f in learn.fold.unique() if by_fold else [None]:
         at = torch.ones(len(learn.fold), dtype=torch.bool) if f is None else learn.fold == f
-        scored = torch.ones(int(at.sum()), dtype=torch.bool)
-        out.append(selw2s.View(learn.item_state[at], learn.weak[at], learn.truth[at], scored))
+        scored = torch.ones(int(at.sum()), 1, dtype=torch.bool)
+        out.append(selw2s.View(learn.item_state[at], learn.weak[at, None], learn.truth[at], scored))
     return out
 
 
@@ -41,8 +41,8 @@ def best_on_transfer(prep, config) -> float:
     found = [accuracy(transfer.weak, truth)]
     for states in transfer.item_state.unbind(1):
         near = selw2s.neighbours(states, max(selw2s.KS))
-        for p in selw2s.smooth_grid(near, transfer.weak, selw2s.ALPHAS, selw2s.KS, config.gamma).values():
-            found.append(accuracy(p, truth))
+        grid = selw2s.smooth_grid(near, transfer.weak[:, None], selw2s.ALPHAS, selw2s.KS, config.gamma)
+        found += [accuracy(p[:, 0], truth) for p in grid.values()]
     return max(found)
 
 
@@ -51,11 +51,11 @@ def measure(prep, config) -> dict:
     truth, transfer = selw2s.hidden_truth(prep.transfer), prep.transfer
     nobody = [torch.zeros(len(part.items), dtype=torch.bool) for part in (prep.learn, transfer)]
     folds, ks = len(prep.by_fold), selw2s.KS
-    chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config),
-              "all": selw2s.choose_smoothing(d_l_views(prep, False), config),
-              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, *nobody, False), config)}
+    chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config)[0],
+              "all": selw2s.choose_smoothing(d_l_views(prep, False), config)[0],
+              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, *nobody, False), config)[1]}
     selw2s.KS = tuple(max(1, round(k / folds)) for k in ks)
-    near = selw2s.choose_smoothing(d_l_views(prep, True), config)
+    near = selw2s.choose_smoothing(d_l_views(prep, True), config)[0]
     chosen["fold, k/5"] = near._replace(k=ks[selw2s.KS.index(near.k)])
     selw2s.KS = ks
     out = {"none": {"accuracy": accuracy(transfer.weak, truth)},

@@ -90,7 +90,7 @@ def measure_decisions() -> None:
     rows = []
     for task in TASKS:
         for flags in ((), *(flags for alternatives in DECISIONS.values() for flags in alternatives)):
-            made, _ = launch(("--task", task, "--methods", "selective", *SEEDS, *flags))
+            made, _ = launch(("--task", task, "--methods", "selective", *SEEDS, *flags), ("-c", BARE))
             result = json.loads((made / "result.json").read_text("utf-8"))
             row = result["metrics"]["methods"]["selective"]
             rows.append({"task": task, "flags": " ".join(flags), "command": result["command"],

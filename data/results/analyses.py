@@ -111,7 +111,7 @@ def sweep(setup, tasks: dict) -> dict:
                 ("route-only", "tau", (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01), prep),
                 ("graph-only", "alpha", alphas, prep), ("graph-only", "k", (5, 10, 20, 50), prep),
                 ("graph-only, middle layer", "alpha", (*alphas, "auto"), middle)):
-            fixed = {"k": {"alpha": 0.7}, "alpha": {"k": 10}}.get(flag, {})
+            fixed = {"tau": {"alpha": 0.0}, "k": {"alpha": 0.7}, "alpha": {"k": 10}}[flag]
             for value in values:
                 varied = setup._replace(config=replace(config, **fixed, **{flag: value}))
                 metrics = student_metrics(varied, where, known, name.split(",")[0])
