@@ -768,8 +768,8 @@ def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def smooth_grid(near, priors: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
-    """{(alpha, k): smoothed P(y = 1) (m, P)} of priors (m, P), from one neighbour list, whose first k columns are
-    the k nearest: one function for choosing and for use."""
+    """{(alpha, k): smoothed P(y = 1) (m, P)} of priors (m, P), from one neighbour list, whose first k columns
+    are the k nearest: one function for choosing and for use."""
     index, similarity = near
     Y = torch.cat([1 - priors, priors], 1).to(index.device)                 # (m, 2 P)
     out = {}
@@ -812,9 +812,9 @@ class View(NamedTuple):
 
 
 def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors: bool) -> list[View]:
-    """One per fold of D_l, so that labels and density are those smoothing will meet [D6], with two priors: 0,
-    as the method smooths, rows that take the own label, routed_* (n,) bool, not scored and, with anchors, with
-    it as their prior [D5]; 1, all weak labels, as graph-only smooths them."""
+    """One per fold of D_l, so that labels and density are those smoothing will meet [D6], with two priors. 0:
+    as the method smooths; rows that take the own label, routed_* (n,) bool, are not scored and, with anchors,
+    have it as their prior [D5]. 1: all weak labels, as graph-only smooths them."""
     learn, transfer, out = prep.learn, prep.transfer, []
     for f in learn.fold.unique():
         at = learn.fold == f
