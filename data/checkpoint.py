@@ -171,8 +171,10 @@ def windows(raw: dict, row: dict, n: dict) -> tuple[int | None, ...]:
             kind for kinds, times in raw.get(key, row["kinds"]) for kind in kinds * min(times, MOST_LAYERS)]
     if kinds and (not isinstance(kinds, list) or len(kinds) != n["layers"] or set(kinds) - {whole, sliding}):
         raise LoadError(f"config.json: {key} must give {n['layers']} x {whole} or {sliding}")
-    on = raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", ""))
-    check_value("use_sliding_window", on, "use_sliding_window")
+    on = True
+    if "use_sliding_window" in row.get("also", ""):
+        on = raw.get("use_sliding_window", False)
+        check_value("use_sliding_window", on, "use_sliding_window")
     out = []
     for i in range(n["layers"]):
         slides = i >= n.get("slide_from", 0) and ("whole_every" not in n or (i + 1) % n["whole_every"] > 0)
@@ -307,7 +309,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 def no_weights(folder: Path) -> str:
     """What a folder has that lacks both model.safetensors and an index. LoadError for a link to no file."""
     there(folder / "model.safetensors")
-    if any(folder.glob("model-*.safetensors")):
+    if any(folder.glob("*-*.safetensors")):
         return "only shards without their model.safetensors.index.json: download that too"
     return lacking(folder, "pickle checkpoints are refused: convert to safetensors")
 
