@@ -5,6 +5,7 @@ data/families.py, structure from the tensors present: every tensor of the files 
 to be none of the network's, every expected one is there with its shape.
 """
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -295,7 +296,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         raise LoadError(f"no model.safetensors there; {no_weights(folder)}")
     found = {}
     for path in files:
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises for a name that no file can have
             raise LoadError(f"{path.name}: missing, though {index.name} names it: this checkpoint is "
                             "half-downloaded, download it again")
         with open_tensors(path) as file:
@@ -311,7 +312,8 @@ def no_weights(folder: Path) -> str:
     there(folder / "model.safetensors")
     if any(folder.glob("*-*.safetensors")):
         return "only shards without their model.safetensors.index.json: download that too"
-    return lacking(folder, "pickle checkpoints are refused: convert to safetensors")
+    pickles = "pickle checkpoints are refused: convert to safetensors"
+    return pickles if any(folder.glob("*.bin")) else lacking(folder, pickles)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
