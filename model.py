@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data.checkpoint import (ACTIVATIONS, Config, check_device, configure, export, find, read_params,
                              summary, tensor_files, tensors)
 from data.families import FAMILIES
-from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, pad_token, read_json
+from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, padding, read_json
 
 
 class TrainError(ValueError):
@@ -636,7 +636,8 @@ class Classifier:
         files["score.weight"] = self._state["classifier.weight"].detach().cpu()
         stale = "architectures", "auto_map", "num_labels", "label2id"
         raw = {key: value for key, value in self.model.raw.items() if key not in stale}
-        said = dict(id2label={"0": "no", "1": "yes"}, pad_token_id=padding(self.model))
+        pad = padding(self.model.folder, self.model.config.family, raw, self.model.config.vocab)
+        said = dict(id2label={"0": "no", "1": "yes"}, pad_token_id=pad)
         save_checkpoint(self.model, Path(folder), files, raw | said)
 
 
@@ -687,15 +688,6 @@ def merged(model: Transformer) -> dict[str, Tensor]:
         delta = params[stem + ".lora_b"].float() @ params[stem + ".lora_a"].float()  # (O, C)
         params[stem + ".weight"] = (params[stem + ".weight"].float() + delta).to(model.dtype)
     return params
-
-
-def padding(model: Transformer) -> int:
-    """The token that pads a batch, which transformers wants a classifier to name: config.json's, else the
-    tokenizer's, else the end of a text, else 0."""
-    ends = model.raw.get("eos_token_id")
-    named = [model.raw.get("pad_token_id"), pad_token(model.folder, model.config.family)]
-    named += ends if isinstance(ends, list) else [ends]
-    return next((i for i in named if type(i) is int and 0 <= i < model.config.vocab), 0)
 
 
 def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], raw: dict) -> None:

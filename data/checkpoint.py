@@ -5,6 +5,7 @@ data/families.py, structure from the tensors present: every tensor of the files 
 to be none of the network's, every expected one is there with its shape.
 """
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -171,8 +172,10 @@ def windows(raw: dict, row: dict, n: dict) -> tuple[int | None, ...]:
             kind for kinds, times in raw.get(key, row["kinds"]) for kind in kinds * min(times, MOST_LAYERS)]
     if kinds and (not isinstance(kinds, list) or len(kinds) != n["layers"] or set(kinds) - {whole, sliding}):
         raise LoadError(f"config.json: {key} must give {n['layers']} x {whole} or {sliding}")
-    on = raw.get("use_sliding_window", "use_sliding_window" not in row.get("also", ""))
-    check_value("use_sliding_window", on, "use_sliding_window")
+    on = True
+    if "use_sliding_window" in row.get("also", ""):
+        on = raw.get("use_sliding_window", False)
+        check_value("use_sliding_window", on, "use_sliding_window")
     out = []
     for i in range(n["layers"]):
         slides = i >= n.get("slide_from", 0) and ("whole_every" not in n or (i + 1) % n["whole_every"] > 0)
@@ -293,7 +296,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         raise LoadError(f"no model.safetensors there; {no_weights(folder)}")
     found = {}
     for path in files:
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises for a name that no file can have
             raise LoadError(f"{path.name}: missing, though {index.name} names it: this checkpoint is "
                             "half-downloaded, download it again")
         with open_tensors(path) as file:
@@ -307,9 +310,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 def no_weights(folder: Path) -> str:
     """What a folder has that lacks both model.safetensors and an index. LoadError for a link to no file."""
     there(folder / "model.safetensors")
-    if any(folder.glob("model-*.safetensors")):
+    if any(folder.glob("*-*.safetensors")):
         return "only shards without their model.safetensors.index.json: download that too"
-    return lacking(folder, "pickle checkpoints are refused: convert to safetensors")
+    pickles = "pickle checkpoints are refused: convert to safetensors"
+    return pickles if any(folder.glob("*.bin")) else lacking(folder, pickles)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -183,12 +183,17 @@ def read_settings(folder: Path) -> dict:
     return settings | special | dict(added_tokens_decoder=decoder)
 
 
-def pad_token(folder: Path, family: str) -> int | None:
-    """The id of the token that the tokenizer's settings name for padding."""
-    settings = read_settings(folder)
-    token = settings.get("pad_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    return open_backend(folder, family, settings).token_to_id(content) if isinstance(content, str) else None
+def padding(folder: Path, family: str, raw: dict, rows: int) -> int:
+    """The token that pads a batch, which transformers wants a classifier to name: that of config.json (raw),
+    else of the tokenizer, else the end of a text, else 0; below rows."""
+    settings, ends = read_settings(folder), raw.get("eos_token_id")
+    token, own = settings.get("pad_token"), None
+    if isinstance(token, dict):
+        token = token.get("content")
+    if isinstance(token, str):
+        own = open_backend(folder, family, settings).token_to_id(token)
+    named = [raw.get("pad_token_id"), own, *(ends if isinstance(ends, list) else [ends])]
+    return next((i for i in named if type(i) is int and 0 <= i < rows), 0)
 
 
 def add_special(backend, settings: dict, qwen: bool) -> None:

@@ -232,6 +232,8 @@ CHECKPOINTS = {
         lambda s: {k: "a\0b" for k in s})),
     "index with half a character": (r"missing, .*half-downloaded", lambda b: b.shards(
         lambda s: {k: "\ud800" for k in s})),
+    "index with a name of 5000 letters": (r"missing, .*half-downloaded", lambda b: b.shards(
+        lambda s: {k: "x" * 5000 for k in s})),
     "index naming a missing file": (r"model-2\.safetensors: missing, .*half-downloaded", lambda b: b.shards(
         lambda s: {k: "model-2.safetensors" for k in s})),
     "index that names too much": (r"disagree, first on '?zz", lambda b: b.shards(

@@ -160,6 +160,8 @@ BAD = {
                                   "disagree, first on zz"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json there"),
     "tokenizer damaged": (cut("tokenizer.json", 0.7), "tokenizer's files are damaged"),
+    "ALiBi instead of positions": (tensors(lambda s: s.pop("transformer.wpe.weight")),
+                                   r"tensor wpe\.weight is missing"),
     "extra head": (tensors(lambda s: s.update({"transformer.senses.weight": torch.ones(2, 40)})),
                    "1 unexpected tensors, the first is senses.weight"),
     "multi-query attention": (
@@ -293,7 +295,7 @@ def test_real_configurations_in_small(name, tmp_path, capsys):
 FOREIGN = dict(  # keys of some families, with values that would change every other
     rotary_emb_base=500, rotary_pct=0.5, layer_norm_eps=0.5, layer_norm_epsilon=0.5, rms_norm_eps=0.5,
     activation_function="relu", hidden_act="relu", hidden_activation="relu", num_layers=2, n_positions=8,
-    window_size=8, sliding_window=8, layer_types=["full_attention"] * 3, mlp_bias=True, attention_bias=True,
+    window_size=8, sliding_window=8, use_sliding_window=False, layer_types=["full_attention"] * 3, mlp_bias=True, attention_bias=True,
     kv_channels=4, n_inner=8, ffn_dim=8, use_parallel_residual=False, attn_logit_softcapping=1.0,
     final_logit_softcapping=1.0, query_pre_attn_scalar=7, rope_local_base_freq=500.0, use_mrope=True,
     rope_interleaved=True, alibi=True, multi_query=True, pos_offset=3, qk_layernorm=True, no_bias=False,

@@ -282,7 +282,7 @@ MUTATIONS = {
     "norms swapped, gpt2": ("gpt2", swap("norm1", "norm2")),
     "q and k swapped": ("gpt2", swap("q", "k")),
     "final norm lost": ("gpt2", drop(r"^norm\.")),
-    "own head taken for tied": ("gpt2-erf", drop(r"^head\.")),
+    "own head taken for tied": ("gpt2-erf", lambda net: change(tied=True)(drop(r"^head\.")(net))),
     "scores scaled, gpt_neo": ("gpt_neo", change(scale=8 ** -0.5)),
     "window ignored, gpt_neo": ("gpt_neo", change(windows=(None,) * 3)),
     "window one more, gpt_neo": ("gpt_neo", change(windows=(None, 9, 9))),

@@ -1,6 +1,7 @@
 """The program: honesty rules, cache, result, errors, command line. Run: pytest tests/test_run.py (70 s)."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -562,6 +563,26 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
             tokenizer.encode([texts[i] for i in data["seed0/test/id"]]))
         np.testing.assert_allclose(p.numpy(), data["seed0/test/p/selective"], atol=1e-6)
         (folder / "model.safetensors").unlink()
+
+
+def test_a_kept_student_is_given_back_as_a_model(tiny, tmp_path):
+    """As the weak one always; as the strong one where it still has a head to answer with."""
+    from safetensors.torch import load_file, save_file
+    untied, strong = tmp_path / "untied", Path(tiny[5])
+    shutil.copytree(strong, untied)
+    state = load_file(strong / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0)
+    save_file(state, untied / "model.safetensors")
+    raw = json.loads((strong / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
+    flags, kept = ("--methods", "naive", "--epochs", "1", "--tune", "head"), {}
+    for name, source in (("tied", strong), ("headless", untied)):
+        go(tiny, tmp_path / name, *flags, "--keep", "naive", "--strong", str(source))
+        kept[name], = map(str, (tmp_path / name / "students").iterdir())
+    back = go(tiny, tmp_path / "back", *flags, "--weak", kept["headless"], "--strong", kept["tied"])
+    assert back["finished"]
+    with pytest.raises(selw2s.LoadError, match="has a classifier's head, and no language model's"):
+        go(tiny, tmp_path / "refused", *flags, "--strong", kept["headless"])
 
 
 @pytest.mark.slow
