@@ -1028,7 +1028,11 @@ def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
             "n": {"labelled": n_l, "transfer": n_u, "test": n_test},
             "truth_used": {"ceiling": n_u, "self-only": config.shots, "zero-shot": config.shots,
                            "oracle": n_l + n_u},
-            "transfer": transfer, "test": test}
+            "transfer": transfer, "test": test,
+            "texts": {"question_id": [item.question_id for item in prep.transfer.items],
+                      "text": [item.text for item in prep.transfer.items],
+                      "candidate": [q.options[item.option]
+                                    for item, q in zip(prep.transfer.items, prep.transfer.questions)]}}
 
 
 def one_seed(setup: Setup, seed: int) -> dict:
@@ -1079,7 +1083,7 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
 
 
 def run(config: Config) -> dict:
-    """The method for all seeds; writes <out>/<task>/<run id>/{items.npz, result.json}, returns the result."""
+    """The method for all seeds; its files in <out>/<task>/<run id>/; returns the result."""
     start = time.perf_counter()
 
     def tell(line: str):
@@ -1115,7 +1119,7 @@ def finish(result: dict, runs: list[dict], out: str) -> None:
     except ImportError:
         drawn = ["(figures: pip install matplotlib, then run the same command again)"]
     print(f"\n{table(result['metrics'])}\n")
-    print(f"written   {folder}/ " + " ".join(["result.json", "items.npz", *drawn]))
+    print(f"written   {folder}/ " + " ".join(["result.json", "items.npz", "labels.jsonl", *drawn]))
 
 
 INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
