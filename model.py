@@ -788,10 +788,11 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None]) -> None:
+def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
+               progress: Callable | None = None) -> None:
     """work(indices) for every batch; one that runs out of memory is halved. TrainError when a single sequence
-    does."""
-    todo = batches(lengths, budget)[::-1]
+    does. progress(done_tokens, all_tokens) follows each batch."""
+    todo, done = batches(lengths, budget)[::-1], 0
     while todo:
         indices = todo.pop()
         try:
@@ -804,6 +805,10 @@ def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], 
                                  "smaller model, or a device with more memory") from None
             half = len(indices) // 2
             todo += [indices[half:], indices[:half]]
+            continue
+        done += sum(lengths[i] for i in indices)
+        if progress:
+            progress(done, sum(lengths))
 
 
 def pack(sequences: Sequence[list[int]], device) -> tuple[Tensor, list[int]]:
@@ -823,7 +828,7 @@ def finite(model: Transformer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hidden_at(model: Transformer, sequences: list[list[int]], position="last", layer: int | None = None,
-              batch_tokens: int = BATCH_TOKENS) -> Tensor:
+              batch_tokens: int = BATCH_TOKENS, progress: Callable | None = None) -> Tensor:
     """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C) in the
     model's dtype and on its device, input order. layer: as in Transformer.packed. TrainError for states that
     are not finite, or no memory."""
@@ -836,7 +841,7 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
         keep = torch.tensor([start + at[i] for start, i in zip(starts, indices)], device=model.device)
         out[indices] = finite(model, model.packed(tokens, lengths, (layer,), keep=keep)[0])
 
-    in_batches([len(s) for s in sequences], batch_tokens, work)
+    in_batches([len(s) for s in sequences], batch_tokens, work, progress)
     return out
 
 
@@ -850,7 +855,8 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]], pick: list[int], *,
-         layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS) -> Reading:
+         layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS,
+         progress: Callable | None = None) -> Reading:
     """One forward pass over every question with its options as branches of its prompt: prompt + sum(options)
     tokens instead of a whole sequence per option. No prompt and no option is empty. [D1] TrainError for
     states that are not finite, or no memory."""
@@ -871,7 +877,8 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
 
     for q, choices in enumerate(options):
         out.option_tokens[q, :len(choices)] = torch.tensor([len(option) for option in choices])
-    in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work)
+    in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work,
+               progress)
     return out
 
 
@@ -960,7 +967,8 @@ class Student:
         return self._state
 
     @torch.no_grad()
-    def predict(self, inputs: list, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+    def predict(self, inputs: list, batch_tokens: int = BATCH_TOKENS,
+                progress: Callable | None = None) -> Tensor:
         """P(y = 1), (N,) float32 on the CPU, in input order. TrainError for states that are not finite."""
         out = torch.empty(len(inputs))
 
@@ -968,7 +976,7 @@ class Student:
             p = self.log_p([inputs[i] for i in indices])[:, 1].exp()
             out[indices] = finite(self.model, p).cpu()
 
-        in_batches([self.size(x) for x in inputs], batch_tokens, work)
+        in_batches([self.size(x) for x in inputs], batch_tokens, work, progress)
         return out
 
 

@@ -231,9 +231,10 @@ from torch import Tensor
 
 from data import (DEMO, YES_NO, DataError, Item, Question, column_of, completion, deal, distinct, fit, halves,
                   items, load_task, prompt)
-from data.cache import Stages, counter, digest
+from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
+from data.results.plan import Size, ahead, finetuning, reading, size_of
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
 from data.tokens import LoadError, encode_options
@@ -305,21 +306,29 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     config, answers = setup.config, isinstance(inputs[0], Choice)
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
-    keep = name == config.keep
+    keep, progress = name == config.keep, setup.stages.progress
+    learn, *asked = (size_of(*zip(*[(x.prompt, x.options) for x in part])) if answers
+                     else Size(sum(map(len, part)), 0) for part in (inputs, *ask))
+    how = {key: settings[key] for key in ("tune", "epochs", "checkpoint")}
+    training = finetuning(start.network, learn, **how)
+    predicting = [reading(start.network, size) for size in asked]
 
     def compute():
-        student = finetune(start.network, inputs, targets, target_fn=rule, progress=counter(name), **settings)
+        student = finetune(start.network, inputs, targets, target_fn=rule, progress=progress.part(training),
+                           **settings)
         state = student.state()
         if not all(x.isfinite().all() for x in state.values()):
             raise TrainError(f"{name}: its weights are not finite after the last step (learning rate "
                              f"{start.lr}): lower it")
-        out = {f"p{i}": student.predict(part) for i, part in enumerate(ask)}
+        out = {f"p{i}": student.predict(part, progress=progress.part(predicting[i]))
+               for i, part in enumerate(ask)}
         if keep:
             out |= {f"state.{key}": x.cpu() for key, x in state.items()}
         return out | {"weights": digest(*(state[key] for key in sorted(state)))}
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
-    sizes = [len(x.prompt) + sum(map(len, x.options)) if answers else len(x) for x in inputs]
-    out = setup.stages("finetune", name, depends, compute, tokens=config.epochs * sum(sizes),
+    kind = "finetune weak" if start is setup.weak else "finetune strong"
+    out = setup.stages("finetune", name, depends, compute, cost=(kind, training + sum(predicting)),
+                       tokens=config.epochs * learn.tokens,
                        steps=config.epochs * -(-len(inputs) // config.batch))
     if keep:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
@@ -455,9 +464,12 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
                         f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
     layers = layers_read(strong)
     depends = (strong.sha256, config.dtype, config.device, heads, tails, pick, layers)
-    return setup.stages("read", name, depends,
-                        lambda: read(strong.network, heads, tails, pick, layers=layers)._asdict(),
-                        tokens=sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails)))
+    size, progress = size_of(heads, tails), setup.stages.progress
+    work = reading(strong.network, size)
+
+    def compute():
+        return read(strong.network, heads, tails, pick, layers=layers, progress=progress.part(work))._asdict()
+    return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=size.tokens)
 
 
 def options_of(questions: list[Question]) -> list[list[str]]:
@@ -1101,6 +1113,7 @@ def run(config: Config) -> dict:
     strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     task, counts = fitted(task, (weak, strong), config, tell)
     setup = Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device))
+    setup.stages.progress.ahead = ahead(setup)
     runs = [one_seed(setup, seed) for seed in config.seeds]
     analysis = None
     if config.analysis:
