@@ -234,6 +234,7 @@ from data import (DEMO, YES_NO, DataError, Item, Question, column_of, completion
 from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
+from data.results.page import write_page
 from data.results.plan import Size, ahead, finetuning, reading, size_of
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
@@ -1125,14 +1126,16 @@ def run(config: Config) -> dict:
 
 
 def finish(result: dict, runs: list[dict], out: str) -> None:
-    """8. Write the result and its figures, print the table."""
-    folder = write(result, runs, out)
+    """8. Write the result, its figures and the page, print the table."""
+    folder, remark = write(result, runs, out), []
     try:
         drawn = figures(folder)
     except ImportError:
-        drawn = ["(figures: pip install matplotlib, then run the same command again)"]
+        drawn, remark = [], ["(figures: pip install matplotlib, then run the same command again)"]
+    write_page(folder, result, runs, drawn)
     print(f"\n{table(result['metrics'])}\n")
-    print(f"written   {folder}/ " + " ".join(["result.json", "items.npz", "labels.jsonl", *drawn]))
+    files = ["result.json", "items.npz", "labels.jsonl", "report.html", *drawn, *remark]
+    print(f"written   {folder}/ {' '.join(files)}")
 
 
 INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
