@@ -422,10 +422,11 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None]) -> None:
+def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
+               progress: Callable | None = None) -> None:
     """work(indices) for every batch; one that runs out of memory is halved. TrainError when a single sequence
-    does."""
-    todo = batches(lengths, budget)[::-1]
+    does. progress(done_tokens, all_tokens) follows each batch."""
+    todo, done = batches(lengths, budget)[::-1], 0
     while todo:
         indices = todo.pop()
         try:
@@ -438,6 +439,10 @@ def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], 
                                  "smaller model, or a device with more memory") from None
             half = len(indices) // 2
             todo += [indices[half:], indices[:half]]
+            continue
+        done += sum(lengths[i] for i in indices)
+        if progress:
+            progress(done, sum(lengths))
 
 
 def pack(sequences: Sequence[list[int]], device) -> tuple[Tensor, list[int]]:
@@ -458,7 +463,7 @@ def finite(model: Transformer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hidden_at(model: Transformer, sequences: list[list[int]], position="last", layer: int | None = None,
-              batch_tokens: int = BATCH_TOKENS) -> Tensor:
+              batch_tokens: int = BATCH_TOKENS, progress: Callable | None = None) -> Tensor:
     """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C) in the
     model's dtype and on its device, input order. layer: as in Transformer.packed. TrainError for states that
     are not finite, or no memory."""
@@ -471,7 +476,7 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
         keep = torch.tensor([start + at[i] for start, i in zip(starts, indices)], device=model.device)
         out[indices] = finite(model, model.packed(tokens, lengths, (layer,), keep=keep)[0])
 
-    in_batches([len(s) for s in sequences], batch_tokens, work)
+    in_batches([len(s) for s in sequences], batch_tokens, work, progress)
     return out
 
 
@@ -485,7 +490,8 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]], pick: list[int], *,
-         layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS) -> Reading:
+         layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS,
+         progress: Callable | None = None) -> Reading:
     """One forward pass over every question with its options as branches of its prompt: prompt + sum(options)
     tokens instead of a whole sequence per option. No prompt and no option is empty. [D1] TrainError for
     states that are not finite, or no memory."""
@@ -506,7 +512,8 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
 
     for q, choices in enumerate(options):
         out.option_tokens[q, :len(choices)] = torch.tensor([len(option) for option in choices])
-    in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work)
+    in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work,
+               progress)
     return out
 
 
@@ -590,7 +597,8 @@ def with_state(model: Transformer, state: dict[str, Tensor],
 
 
 @torch.no_grad()
-def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKENS,
+                progress: Callable | None = None) -> Tensor:
     """P(y = 1), (N,) float32 on the CPU, in input order. TrainError for states that are not finite."""
     out = torch.empty(len(inputs))
 
@@ -598,7 +606,7 @@ def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKE
         p = student.log_p([inputs[i] for i in indices])[:, 1].exp()
         out[indices] = finite(student.model, p).cpu()
 
-    in_batches([student.size(x) for x in inputs], batch_tokens, work)
+    in_batches([student.size(x) for x in inputs], batch_tokens, work, progress)
     return out
 
 

@@ -234,9 +234,11 @@ from torch import Tensor
 
 from data import (DEMO, YES_NO, DataError, Item, Question, column_of, completion, deal, distinct, fit, halves,
                   items, load_task, prompt)
-from data.cache import Stages, counter, digest
+from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
+from data.results.page import write_page
+from data.results.work import Size, ahead, finetuning, reading, size_of
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
 from data.tokens import LoadError, encode_options
@@ -308,17 +310,26 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     config, answers = setup.config, isinstance(inputs[0], Choice)
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
-    keep = name == config.keep
+    keep, progress = name == config.keep, setup.stages.progress
+    learn, *asked = (size_of(*zip(*[(x.prompt, x.options) for x in part])) if answers
+                     else Size(sum(map(len, part)), 0) for part in (inputs, *ask))
+    how = {key: settings[key] for key in ("tune", "epochs", "checkpoint")}
+    training = finetuning(start.network, learn, **how)
+    predicting = [reading(start.network, size) for size in asked]
 
     def compute():
-        student = finetune(start.network, inputs, targets, target_fn=rule, progress=counter(name), **settings)
-        state, out = student.state(), {f"p{i}": student.predict(part) for i, part in enumerate(ask)}
+        student = finetune(start.network, inputs, targets, target_fn=rule, progress=progress.part(training),
+                           **settings)
+        state = student.state()
+        out = {f"p{i}": student.predict(part, progress=progress.part(predicting[i]))
+               for i, part in enumerate(ask)}
         if keep:
             out |= {f"state.{key}": x.cpu() for key, x in state.items()}
         return out | {"weights": digest(*(state[key] for key in sorted(state)))}
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
-    sizes = [len(x.prompt) + sum(map(len, x.options)) if answers else len(x) for x in inputs]
-    out = setup.stages("finetune", name, depends, compute, tokens=config.epochs * sum(sizes),
+    kind = "finetune weak" if start is setup.weak else "finetune strong"
+    out = setup.stages("finetune", name, depends, compute, cost=(kind, training + sum(predicting)),
+                       tokens=config.epochs * learn.tokens,
                        steps=config.epochs * -(-len(inputs) // config.batch))
     if keep:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
@@ -454,9 +465,12 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
                         f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
     layers = layers_read(strong)
     depends = (strong.sha256, config.dtype, config.device, heads, tails, pick, layers)
-    return setup.stages("read", name, depends,
-                        lambda: read(strong.network, heads, tails, pick, layers=layers)._asdict(),
-                        tokens=sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails)))
+    size, progress = size_of(heads, tails), setup.stages.progress
+    work = reading(strong.network, size)
+
+    def compute():
+        return read(strong.network, heads, tails, pick, layers=layers, progress=progress.part(work))._asdict()
+    return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=size.tokens)
 
 
 def options_of(questions: list[Question]) -> list[list[str]]:
@@ -1042,7 +1056,11 @@ def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
             "n": {"labelled": n_l, "transfer": n_u, "test": n_test},
             "truth_used": {"ceiling": n_u, "self-only": config.shots, "zero-shot": config.shots,
                            "oracle": n_l + n_u},
-            "transfer": transfer, "test": test}
+            "transfer": transfer, "test": test,
+            "texts": {"question_id": [item.question_id for item in prep.transfer.items],
+                      "text": [item.text for item in prep.transfer.items],
+                      "candidate": [q.options[item.option]
+                                    for item, q in zip(prep.transfer.items, prep.transfer.questions)]}}
 
 
 # ---------------------------------------------------------------------------------------------------- The run
@@ -1096,7 +1114,7 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
 
 
 def run(config: Config) -> dict:
-    """The method for all seeds; writes <out>/<task>/<run id>/{items.npz, result.json}, returns the result."""
+    """The method for all seeds; its files in <out>/<task>/<run id>/; returns the result."""
     start = time.perf_counter()
 
     def tell(line: str):
@@ -1115,6 +1133,7 @@ def run(config: Config) -> dict:
     strong.network.check_head()
     task, counts = fitted(task, (weak, strong), config, tell)
     setup = Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device))
+    setup.stages.progress.ahead = ahead(setup)
     runs = [one_seed(setup, seed) for seed in config.seeds]
     analysis = None
     if config.analysis:
@@ -1126,14 +1145,16 @@ def run(config: Config) -> dict:
 
 
 def finish(result: dict, runs: list[dict], out: str) -> None:
-    """8. Write the result and its figures, print the table."""
-    folder = write(result, runs, out)
+    """8. Write the result, its figures and the page, print the table."""
+    folder, remark = write(result, runs, out), []
     try:
         drawn = figures(folder)
     except ImportError:
-        drawn = ["(figures: pip install matplotlib, then run the same command again)"]
+        drawn, remark = [], ["(figures: pip install matplotlib, then run the same command again)"]
+    write_page(folder, result, runs, drawn)
     print(f"\n{table(result['metrics'])}\n")
-    print(f"written   {folder}/ " + " ".join(["result.json", "items.npz", *drawn]))
+    files = ["result.json", "items.npz", "labels.jsonl", "report.html", *drawn, *remark]
+    print(f"written   {folder}/ {' '.join(files)}")
 
 
 INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration

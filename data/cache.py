@@ -40,10 +40,12 @@ def digest(*parts) -> str:
 class Stages:
     """stages(...) gives a stage's values: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors.
 
-    tell(line) prints a line of the run; log has a record per stage asked for: name, cached, key, seconds."""
+    tell(line) prints a line of the run; log has a record per stage asked for: name, cached, key, seconds;
+    progress says on stderr how far the run is."""
 
     def __init__(self, directory: Path, tell: Callable[[str], None], device: str = "cpu"):
         self.directory, self.tell, self.device, self.log = directory, tell, device, []
+        self.progress = Progress()
         gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
         sources = [path.read_text("utf-8") for path in NETWORK]
         self.source = digest(sources, torch.__version__, torch.get_num_threads(), *gpu)
@@ -52,22 +54,29 @@ class Stages:
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
-    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[], dict], **work) -> dict:
+    def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[], dict], *,
+                 cost: tuple[str, float] = ("", 0.0), **work) -> dict:
         """compute() -> {name: tensor or text}, or the stored ones, texts from the file's metadata.
 
-        name and work (steps, tokens: numbers for the log) do not enter the key."""
+        name, cost (kind and operations, for progress) and work (steps, tokens: numbers for the log) do not
+        enter the key."""
         path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
         if path.exists():
             try:
                 values, record = stored(path)
                 self.log.append({"name": name, "cached": True, "key": path.stem[-12:], **record})
+                self.progress.found(name)
                 return values
             except (SafetensorError, KeyError, ValueError) as error:
                 self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
         start = time.perf_counter()
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
-        values = compute()
+        self.progress.begin(name, *cost, work.get("tokens", 0))
+        try:
+            values = compute()
+        finally:
+            self.progress.end()
         record = {"seconds": round(time.perf_counter() - start, 3), "peak_gb": peak_gb(self.device), **work}
         if "tokens" in work:
             record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
@@ -113,13 +122,101 @@ def peak_gb(device: str) -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
-def counter(name: str):
-    """Progress on stderr, on a terminal only, at most twice a second."""
-    shown = [0.0]
+MINUTE = 60.0
 
-    def show(step, steps, loss):
-        if sys.stderr.isatty() and (time.monotonic() - shown[0] > 0.5 or step == steps):
-            shown[0] = time.monotonic()
-            print(f"\r{name} {step}/{steps}" if step < steps else "\r\033[K", end="", file=sys.stderr,
-                  flush=True)
-    return show
+
+class Progress:
+    """Share of the run that is done and time left, on stderr: a bar on a terminal, erased at each stage's
+    end, elsewhere a line a minute (between two steps: none comes during one).
+
+    Work is in operations (data/results/work.py). Each kind of stage, as "finetune weak", has the rate of its
+    last minute of work in this run; a kind that did none yet, that of all others together. A stage found in
+    the cache is done; what lies between stages, probes and smoothing, is not foreseen."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.said, self.bar = clock, clock(), None
+        self.ahead = {}         # stage's name: (kind, work of one, how many are left)
+        self.recent = {}        # kind: (seconds, work) of every step of its last minute
+        self.done, self.name, self.kind, self.work, self.at, self.tokens = 0.0, "", "", 0.0, 0.0, 0
+
+    def foreseen(self, name: str) -> float:
+        """Takes one stage of this name off what is ahead; its work, 0 if none was."""
+        kind, work, times = self.ahead.get(name, ("", 0.0, 0))
+        self.ahead[name] = kind, work, max(0, times - 1)
+        return work if times else 0.0
+
+    def found(self, name: str) -> None:
+        """A stage was in the cache."""
+        self.done += self.foreseen(name)
+
+    def begin(self, name: str, kind: str, work: float, tokens: int) -> None:
+        """A stage begins; now its work is known exactly."""
+        self.foreseen(name)
+        self.name, self.kind, self.work, self.at, self.tokens = name, kind, work, 0.0, tokens
+        self.last = self.clock()
+
+    def end(self) -> None:
+        """The stage is over."""
+        self.done, self.work, self.at = self.done + self.work, 0.0, 0.0
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def part(self, work: float) -> Callable:
+        """progress(done, of, loss) for model.py's functions, which do the next `work` of the stage."""
+        start = self.at
+
+        def progress(done, of, loss=None):
+            now, at = self.clock(), start + work * done / of
+            if self.kind in self.recent:
+                recent = self.recent[self.kind]
+                recent.append((now - self.last, at - self.at))
+                while sum(seconds for seconds, _ in recent[1:]) >= MINUTE:
+                    del recent[0]
+            else:
+                self.recent[self.kind] = []     # the first step is slow: it prepares what later ones use
+            self.at, self.last = at, now
+            if any(self.recent.values()):
+                self.show(loss)
+        return progress
+
+    def rate(self, kind: str) -> float:
+        """Work per second."""
+        steps = self.recent.get(kind) or [step for steps in self.recent.values() for step in steps]
+        return sum(work for _, work in steps) / max(sum(seconds for seconds, _ in steps), 1e-9)
+
+    def state(self) -> tuple[float, float, float]:
+        """Share of the run that is done, seconds left of the stage and of the run."""
+        stage = (self.work - self.at) / max(self.rate(self.kind), 1e-9)
+        todo = [(kind, work * times) for kind, work, times in self.ahead.values() if work * times]
+        left = stage + sum(work / max(self.rate(kind), 1e-9) for kind, work in todo)
+        total = self.done + self.work + sum(work for _, work in todo)
+        return (self.done + self.at) / max(total, 1e-9), stage, left
+
+    def show(self, loss: float | None) -> None:
+        """The bar, twice a second, or the line of a minute."""
+        terminal = sys.stderr.isatty()
+        if self.clock() - self.said < (0.5 if terminal else MINUTE):
+            return
+        self.said = self.clock()
+        share, stage, left = self.state()
+        speed = self.rate(self.kind) * self.tokens / max(self.work, 1e-9)
+        text = (f"{self.name} {self.at / max(self.work, 1e-9):.0%}, {speed:,.0f} tokens/s, "
+                + ("" if loss is None else f"loss {loss:.3f}, ") + f"{duration(stage)} left; "
+                f"run {share:.0%} done, {duration(left)} left")
+        if not terminal:
+            print(f"progress  {text}", file=sys.stderr, flush=True)
+            return
+        if self.bar is None:
+            from tqdm import tqdm       # here: only a terminal needs it; it comes with huggingface_hub
+            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, dynamic_ncols=True,
+                            bar_format="|{bar:20}| {desc}")
+        self.bar.n = share
+        self.bar.set_description_str(text)
+
+
+def duration(seconds: float) -> str:
+    """As 0:07, 12:30, 3:05:00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""A user's own task: UTF-8, one JSON object per line.
+"""A user's own task in, the refined labels out: UTF-8, one JSON object per line.
 
     {"question": "...", "options": ["...", "..."], "answer": 1}
     optional: "context": passage, "id": unique, "group": what stays in one half, "split": "train" or "test"
@@ -14,6 +14,8 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from data import YES_NO, DataError, Question, Task, column_of, distinct, plain
 from data.official import grouped, key
@@ -134,3 +136,29 @@ def load(path: str) -> Task:
     train, test = ([q for q, s in zip(questions, splits) if s == part] for part in ("train", "test"))
     return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}",
                 repeated)
+
+
+# ------------------------------------------------------------------------------------------------- labels out
+TEXTS = ("question_id", "text", "candidate")        # of a row: what the arrays of a run do not hold
+
+
+def label_rows(run: dict, supervisor: str) -> list[dict]:
+    """labels.jsonl of one seed, a row per item of D_u: the labels that `selective` is trained on, and what
+    they were made of. run: selw2s.record's; (n_u,) float32 arrays come as their shortest decimals, so that
+    they are the same float32 again when read.
+
+    source: own, where routed; else smoothed, or weak where smoothing is off. refined: the smoothed weak
+    label, of routed items too. label: P(y = 1), own where routed, else refined."""
+    def decimals(name):
+        return [float(str(x)) for x in run["transfer"][name]]
+    u, rows = run["transfer"], []
+    rest = "smoothed" if run["smoothing"]["alpha"] else "weak"
+    columns = (u["id"], u["group"], u["is_self"], *map(decimals, ("weak", "own", "p_ik", "refined")))
+    for (name, group, is_self, weak, own, p_ik, refined), *texts in zip(
+            zip(*columns), *(run["texts"][key] for key in TEXTS), strict=True):
+        question_id, text, candidate = texts
+        rows.append({"id": str(name), "question_id": question_id, "group": str(group), "text": text,
+                     "candidate": candidate, "weak": {supervisor: weak}, "own": int(own), "p_ik": p_ik,
+                     "refined": refined, "source": "own" if is_self else rest,
+                     "label": own if is_self else refined, "seed": run["seed"]})
+    return rows

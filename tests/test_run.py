@@ -159,7 +159,7 @@ def test_other_batch_budgets_agree_to_1e_5(full, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(selw2s, "finetune", partial(selw2s.finetune, batch_tokens=150))
     monkeypatch.setattr(selw2s, "read", partial(selw2s.read, batch_tokens=150))
     real = model.Classifier.predict
-    monkeypatch.setattr(model.Classifier, "predict", lambda self, ask: real(self, ask, batch_tokens=150))
+    monkeypatch.setattr(model.Classifier, "predict", lambda self, ask, **more: real(self, ask, batch_tokens=150, **more))
     other = go(tiny, tmp_path, "--methods", "all", "--seeds", "0", "1")
     a, b = arrays(result, out), arrays(other, tmp_path)
     differ = 0

@@ -43,23 +43,24 @@ def draw_pipeline(plt, result):
     n = {name: round(np.mean([seed["n"][name] for seed in seeds])) for name in seeds[0]["n"]}
 
     def part(source, rows):
-        return mean_of([x["label_accuracy"][source] for x in d], rows)
+        share = mean_of([x["label_accuracy"][source] for x in d], rows)
+        return "none" if np.isnan(share) else f"{share:.0%}"
     routed = mean_of(d, "coverage")
     own = mean_of([x["p_ik"]["transfer"] for x in d], "own_right")
     auc = mean_of([x["p_ik"]["transfer"] for x in d], "auroc")
     boxes = {   # name: (x, y, text)
         "data": (0, 1, f"1 questions\nD_l {n['labelled']:,}   D_u {n['transfer']:,}"),
-        "weak": (1.5, 2, f"2 weak supervisor\nlabels of D_u: {part('weak', 'all'):.0%} right"),
+        "weak": (1.5, 2, f"2 weak supervisor\nlabels of D_u: {part('weak', 'all')} right"),
         "own": (1.5, 0, f"3 strong model's own answers\n{own:.0%} of D_u's questions right"),
         "know": (3.6, 0, f"4 P(IK), linear probe\nAUROC {auc:.2f} on D_u"),
         "route": (3.6, 1, f"5 route: P(IK) >= tau?\nyes: {routed:.0%} of D_u"),
-        "smooth": (3.6, 2, f"6 smooth on the kNN graph\nthe others: {part('weak', 'unrouted'):.0%} -> "
-                           f"{part('refined', 'unrouted'):.0%} right"),
-        "student": (5.4, 1, f"7 student\nlabels: {part('label/selective', 'all'):.0%} right\n"
+        "smooth": (3.6, 2, f"6 smooth on the kNN graph\nthe others: {part('weak', 'unrouted')} -> "
+                           f"{part('refined', 'unrouted')} right"),
+        "student": (5.4, 1, f"7 student\nlabels: {part('label/selective', 'all')} right\n"
                             f"test accuracy {methods['selective']['accuracy']:.3f}")}
     arrows = (("data", "weak", "D_l with truth"), ("data", "own", ""), ("own", "know", "hidden states"),
               ("know", "route", ""), ("weak", "smooth", "soft labels"), ("route", "smooth", ""),
-              ("route", "student", f"own labels:\n{part('own', 'routed'):.0%} right"),
+              ("route", "student", f"own labels:\n{part('own', 'routed')} right"),
               ("smooth", "student", "weak labels"))
     figure, ax = plt.subplots(figsize=(11, 3.4))
     drawn = {name: ax.text(x, y, text, fontsize=8, ha="center", va="center", linespacing=1.4, bbox=dict(

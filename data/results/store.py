@@ -1,4 +1,4 @@
-"""A run on disk: result.json and items.npz, written whole, read again, several made one."""
+"""A run on disk: result.json, items.npz and labels.jsonl, written whole, read again, several made one."""
 import hashlib
 import io
 import json
@@ -14,6 +14,7 @@ import torch
 
 from data import DataError
 from data.cache import digest
+from data.jsonl import TEXTS, label_rows
 from data.results.report import diagnose, summarise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -46,14 +47,14 @@ def measured(runs: list[dict], methods) -> dict:
     """The parts of a result that follow from the seeds' arrays."""
     seeds = []
     for r in runs:
-        choices = {name: value for name, value in r.items() if name not in ("transfer", "test")}
+        choices = {name: value for name, value in r.items() if name not in ("transfer", "test", "texts")}
         seeds.append(choices | {"diagnostics": diagnose(r, methods)})
     return {"metrics": summarise(runs, methods), "seeds": seeds}
 
 
 def write(result: dict, runs: list[dict], out: str) -> Path:
-    """<out>/<task>/<run id>/items.npz, then result.json, each under a temporary name first: a result.json is
-    always a whole one. Returns the folder."""
+    """<out>/<task>/<run id>/items.npz, labels.jsonl, then result.json, each under a temporary name first: a
+    result.json is always a whole one. Returns the folder."""
     identity = {k: v for k, v in result["config"].items() if k not in ("out", "data_dir")}
     models = [model["sha256"] for model in result["models"].values()]
     run_id = digest(identity, result["data"]["sha256"], models, result["code"])[:12]
@@ -64,12 +65,19 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     np.savez_compressed(items, **arrays)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "items.npz", items.getvalue())
+    lines = [json.dumps(row) + "\n" for r in runs for row in label_rows(r, supervisor(result))]
+    replace_file(folder / "labels.jsonl", "".join(lines).encode())
     replace_file(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
     return folder
 
 
+def supervisor(result: dict) -> str:
+    """The weak model's name: the last part of its directory or hub id."""
+    return Path(result["config"]["weak"] or "weak").resolve().name
+
+
 def read_run(path: str) -> tuple[dict, list[dict]]:
-    """A result.json and its seeds' arrays from the items.npz beside it; DataError."""
+    """A result.json and its seeds' arrays and texts from items.npz and labels.jsonl beside it; DataError."""
     try:
         result = json.loads(Path(path).read_text("utf-8"))
         runs = [dict(seed, transfer={}, test={}) for seed in result["seeds"]]
@@ -79,12 +87,15 @@ def read_run(path: str) -> tuple[dict, list[dict]]:
                     seed, part, name = key.split("/", 2)
                     if seed == f"seed{run['seed']}":
                         run[part][name] = arrays[key]
+        with open(Path(path).with_name("labels.jsonl"), encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
         for run in runs:
+            run["texts"] = {key: [row[key] for row in rows if row["seed"] == run["seed"]] for key in TEXTS}
             del run["diagnostics"]
         return result, runs
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a result.json of this program with its items.npz beside it "
-                        f"({error})") from None
+        raise DataError(f"{path}: not a result.json of this program with its items.npz and labels.jsonl "
+                        f"beside it ({error})") from None
 
 
 FREE = ("out", "data_dir", "rerun", "merge", "seeds", "keep")        # what merged runs may differ in

@@ -1,0 +1,174 @@
+"""Progress on a terminal and in a pipe, with a clock of the test's own; the work that is foreseen.
+
+Run: pytest tests/test_progress.py (20 s).
+"""
+import io
+import re
+import sys
+
+import pytest
+import torch
+
+import selw2s
+from data.cache import Progress, Stages, duration
+from data.results import plan
+
+
+class Console(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def two_kinds(clock, step, stages=4):
+    """A run of a weak stage of 100 steps and strong ones, 100 steps of `step` seconds each, ten times the work."""
+    progress = Progress(clock)
+    progress.ahead = {"weak": ("finetune weak", 100.0, 1), "strong": ("finetune strong", 1000.0, stages)}
+    for name, kind, work in (("weak", "finetune weak", 100.0), *[("strong", "finetune strong", 1000.0)] * stages):
+        progress.begin(name, kind, work, tokens=5000)
+        part = progress.part(work)
+        for i in range(100):
+            clock.now += step if kind == "finetune weak" else 10 * step
+            part(i + 1, 100, 0.5)
+            yield progress
+        progress.end()
+
+
+def test_in_a_pipe_a_line_a_minute_and_the_estimate_is_right(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Console(False))
+    total = 100 * (2 + 4 * 20)
+    for progress in two_kinds(clock, 2.0):
+        share, _, left = progress.state() if clock.now > 2 else (0, 0, total)
+        assert abs(left - (total - clock.now)) < 0.02 * total
+        assert abs(share - clock.now / total) < 0.01
+    lines = sys.stderr.getvalue().splitlines()
+    assert total / 60 * 0.7 < len(lines) <= total / 60
+    assert lines[0] == ("progress  weak 30%, 25 tokens/s, loss 0.500, 2:20 left; run 1% done, 2:15:40 left")
+    assert all(re.fullmatch(r"progress  \w+ \d+%, \d+ tokens/s, loss 0.500, \S+ left; run \d+% done, \S+ left", line)
+               for line in lines)
+
+
+def test_a_run_of_seconds_says_nothing_in_a_pipe(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Console(False))
+    for _ in two_kinds(clock, 0.01):
+        pass
+    assert sys.stderr.getvalue() == ""
+
+
+def test_on_a_terminal_a_bar_that_is_erased_at_each_stages_end(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Console(True))
+    seen = 0
+    for progress in two_kinds(clock, 2.0, stages=1):
+        if progress.at == progress.work:
+            text = sys.stderr.getvalue()
+            assert "loss 0.500" in text and "run " in text and "| weak" in text
+            seen += 1
+    text = sys.stderr.getvalue()
+    assert seen == 2 and "\n" not in text
+    assert re.search(r"\r *\r$", text)                  # blanks over the last bar, and back
+
+
+def test_what_the_rate_was_long_ago_is_forgotten(clock):
+    progress = Progress(clock)
+    progress.begin("a", "read strong", 1e6, 0)
+    part = progress.part(1e6)
+    for i, seconds in enumerate([1.0] * 100 + [5.0] * 13):
+        clock.now += seconds
+        part(i + 1, 1000)
+    assert progress.rate("read strong") == pytest.approx(1000 / 5)
+    assert progress.rate("not met yet") == progress.rate("read strong")
+
+
+def test_a_stage_in_the_cache_counts_as_done_and_the_run_ends_at_one(tmp_path, clock):
+    def go():
+        stages = Stages(tmp_path, print)
+        stages.progress = Progress(clock)
+        stages.progress.ahead = {name: ("read strong", 10.0, 1) for name in "abc"}
+        for name, steps in (("a", 1), ("b", 2), ("c", 3), ("not foreseen", 1)):
+            def compute():
+                part = stages.progress.part(12.0)
+                for i in range(steps):
+                    clock.now += 1
+                    part(i + 1, steps)
+                shares.append(stages.progress.state()[0])
+                return {"x": torch.ones(1)}
+            stages("read", name, (name,), compute, cost=("read strong", 12.0))
+            if name == "b":
+                shares.append(stages.progress.state()[0])
+        return stages.progress
+    shares = []
+    assert go().state()[::2] == (1.0, 0.0)
+    assert shares == pytest.approx([12 / 32, 24 / 34, 24 / 34, 1.0, 1.0])
+    (next(tmp_path.glob("*.safetensors"))).unlink()
+    assert go().state()[0] == 1.0
+
+
+def test_a_stage_that_fails_leaves_no_bar(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", Console(True))
+    stages = Stages(tmp_path, print)
+    stages.progress = Progress(clock)
+
+    def compute():
+        part = stages.progress.part(1.0)
+        for i in range(3):
+            clock.now += 1
+            part(i + 1, 9)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        stages("read", "x", (), compute, cost=("read strong", 1.0))
+    assert re.search(r"\r *\r$", sys.stderr.getvalue()) and "x 33%" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize("flags", [(), ("--student", "answer", "--tune", "lora"), ("--own", "judge", "--tune", "head"),
+                                   ("--shots", "2", "--seeds", "0", "1")])
+def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
+    """Every stage is foreseen by name and kind, its work within a fifth; in a pipe nothing is said of seconds."""
+    foreseen, done, real = {}, {}, Progress.begin
+    monkeypatch.setattr(selw2s, "ahead", lambda setup: foreseen.update(plan.ahead(setup)) or dict(foreseen))
+    monkeypatch.setattr(Progress, "begin", lambda self, name, kind, work, tokens: (
+        done.setdefault(name, []).append((kind, work)), real(self, name, kind, work, tokens)))
+    selw2s.run(selw2s.parse([*tiny, "--out", str(tmp_path), *flags, "--methods", "naive", "confidence-only", "selective",
+                             "strong-on-D_l", "--tau", "0.3", "--alpha", "0.5", "--k", "5"]))
+    assert done.keys() == foreseen.keys()
+    for name, stages in done.items():
+        kind, work, times = foreseen[name]
+        assert len(stages) == times and {k for k, _ in stages} == {kind}
+        for _, exact in stages:
+            # of the judge's sentence only the rough length is known, and the tiny tokenizer cuts it small
+            assert exact == pytest.approx(work, rel=0.2 if "judge" not in name else 1.0), name
+
+
+def test_work_counts_forward_backward_and_logits():
+    class Network:
+        class config:
+            vocab, width, layers = 10, 4, 2
+        params = {"layers.0.q.weight": torch.zeros(8, 4), "layers.1.q.weight": torch.zeros(8, 4),
+                  "embed.weight": torch.zeros(10, 4)}
+    one = 2 * 64 + 2 * plan.BESIDE
+    size = plan.Size(100, 7)
+    assert plan.reading(Network, size) == 100 * one + 7 * 2 * 40
+    sizes = {("full", False): 3, ("full", True): 4, ("lora", False): 2, ("lora", True): 3}
+    for (tune, checkpoint), passes in sizes.items():
+        work = plan.finetuning(Network, size, tune=tune, epochs=2, checkpoint=checkpoint)
+        assert work == 2 * (passes * 100 * one + 3 * 7 * 2 * 40)
+    assert plan.finetuning(Network, size, tune="head", epochs=2, checkpoint=False) == plan.reading(Network, size)
+    assert plan.size_of([[1, 2, 3]], [[[4], [5, 6]]]) == (6, 2)
+
+
+def test_durations():
+    assert [duration(s) for s in (7.4, 750, 11100)] == ["0:07", "12:30", "3:05:00"]
