@@ -11,7 +11,7 @@ import torch
 
 import selw2s
 from data.cache import Progress, Stages, duration
-from data.results import plan
+from data.results import work as operations
 
 
 class Console(io.StringIO):
@@ -139,7 +139,7 @@ def test_a_stage_that_fails_leaves_no_bar(tmp_path, monkeypatch, clock):
 def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
     """Every stage is foreseen by name and kind, its work within a fifth; in a pipe nothing is said of seconds."""
     foreseen, done, real = {}, {}, Progress.begin
-    monkeypatch.setattr(selw2s, "ahead", lambda setup: foreseen.update(plan.ahead(setup)) or dict(foreseen))
+    monkeypatch.setattr(selw2s, "ahead", lambda setup: foreseen.update(operations.ahead(setup)) or dict(foreseen))
     monkeypatch.setattr(Progress, "begin", lambda self, name, kind, work, tokens: (
         done.setdefault(name, []).append((kind, work)), real(self, name, kind, work, tokens)))
     selw2s.run(selw2s.parse([*tiny, "--out", str(tmp_path), *flags, "--methods", "naive", "confidence-only", "selective",
@@ -159,15 +159,15 @@ def test_work_counts_forward_backward_and_logits():
             vocab, width, layers = 10, 4, 2
         params = {"layers.0.q.weight": torch.zeros(8, 4), "layers.1.q.weight": torch.zeros(8, 4),
                   "embed.weight": torch.zeros(10, 4)}
-    one = 2 * 64 + 2 * plan.BESIDE
-    size = plan.Size(100, 7)
-    assert plan.reading(Network, size) == 100 * one + 7 * 2 * 40
+    one = 2 * 64 + 2 * operations.BESIDE
+    size = operations.Size(100, 7)
+    assert operations.reading(Network, size) == 100 * one + 7 * 2 * 40
     sizes = {("full", False): 3, ("full", True): 4, ("lora", False): 2, ("lora", True): 3}
     for (tune, checkpoint), passes in sizes.items():
-        work = plan.finetuning(Network, size, tune=tune, epochs=2, checkpoint=checkpoint)
+        work = operations.finetuning(Network, size, tune=tune, epochs=2, checkpoint=checkpoint)
         assert work == 2 * (passes * 100 * one + 3 * 7 * 2 * 40)
-    assert plan.finetuning(Network, size, tune="head", epochs=2, checkpoint=False) == plan.reading(Network, size)
-    assert plan.size_of([[1, 2, 3]], [[[4], [5, 6]]]) == (6, 2)
+    assert operations.finetuning(Network, size, tune="head", epochs=2, checkpoint=False) == operations.reading(Network, size)
+    assert operations.size_of([[1, 2, 3]], [[[4], [5, 6]]]) == (6, 2)
 
 
 def test_durations():
