@@ -151,7 +151,7 @@ th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align
 #table th:first-child, #items .text { text-align: left }
 #items td { white-space: nowrap } #items td[data-name=question], #items td[data-name=candidate] {
   overflow-wrap: anywhere; white-space: pre-line; min-width: 8rem }
-#items td[data-name=question] { min-width: 17rem }
+#items td[data-name=question] { min-width: 13rem } #items td[data-name=became] { white-space: normal }
 #items .wrong { color: var(--bad) }
 button, select { font: inherit; color: var(--link); background: var(--soft); border: 1px solid var(--line);
   border-radius: .3rem; padding: .2rem .45rem } select { color: var(--ink); max-width: 100% }
@@ -159,16 +159,17 @@ th button { font-weight: 600; white-space: nowrap }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 1px }
 .row { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .5rem 0 }
 li { margin: .15rem 0 } summary { cursor: pointer; color: var(--link) }
-@media (max-width: 45rem) {
-  figure svg { max-width: none; width: 40rem }
+@media (max-width: 45rem) { figure svg { max-width: none; width: 40rem } }
+@media (max-width: 66rem) {
   #items, #items tbody { display: block } #items thead tr { display: flex; flex-wrap: wrap; gap: .3rem }
   #items thead th { border: 0; padding: 0 }
   #items tbody tr { display: block; padding: .5rem 0; border-bottom: 2px solid var(--line) }
   #items td { display: inline-block; border: 0; padding: 0 .9rem 0 0 }
   #items td[data-name=question], #items td[data-name=candidate] { display: block; min-width: 0 }
   #items td::before { content: attr(data-name) " "; opacity: .7 } }
-@media print { .row, button { display: none } body { max-width: none } tr, figure { break-inside: avoid }
-  th button { display: inline; border: 0; background: none; color: inherit; padding: 0 } }
+@media print { .row, #items thead { display: none !important }
+  h2 { break-after: avoid } tr, figure { break-inside: avoid }
+  body { font-size: 11px; padding: 0 } figure svg { max-width: 100% !important; width: auto !important } }
 </style>
 <main>
 <h1>@TITLE@</h1>
@@ -190,7 +191,7 @@ source is own; <b>P(IK)</b>: that its own answer is right; <b>refined</b>: the l
 <label>became <select id="class"><option value="">all (@N@)@CLASSES@</select></label>
 <span id="count" role="status"></span></div>
 <noscript>The items need a script, which this page brings along; they are in labels.jsonl too.</noscript>
-<table id="items"><thead><tr></tr></thead><tbody></tbody></table>
+<div class="wide"><table id="items"><thead><tr></tr></thead><tbody></tbody></table></div>
 <div class="row"><button id="more">200 more</button><button id="rest">show all</button></div>
 </main>
 <script type="application/json" id="data">@ITEMS@</script>
