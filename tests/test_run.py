@@ -37,7 +37,7 @@ def full(tiny, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------- honesty rules
-@pytest.mark.parametrize("flags", [(), ("--student", "answer"), ("--own", "judge", "--shots", "2"),
+@pytest.mark.parametrize("flags", [(), ("--student", "answer"), ("--own", "judge"), ("--shots", "1"),
                                    ("--route", "both", "--tau", "item")])
 def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch, flags):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
@@ -408,8 +408,7 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
     """Own answer, belief, zero-shot, P(IK)'s target, what an answering student is given: by text, as if the
     question had the option once, whichever of the twins is shown or right."""
     from data import Item, Question
-    config = selw2s.parse([*tiny, "--own", own, "--student", "answer", "--out", str(tmp_path)])
-    strong = selw2s.pretrained(tiny[5], True, config)
+    setup = set_up(tiny, tmp_path, "--own", own, "--student", "answer")
     nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
     said = []
     for options, places, answer in ((("red", "blue", "red", "gold"), (0, 1, 2, 3), 2),
@@ -417,11 +416,11 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
         part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
                 for n, (q, place) in enumerate(zip(questions, places))]
-        elicited = selw2s.elicit(config, "test", strong, part, questions, nothing, Stages(tmp_path, print))
-        gold = selw2s.right_option(config, part, questions)
-        inputs = selw2s.student_inputs(config, strong, part, questions)
+        elicited = selw2s.elicit(setup, "test", part, questions, nothing)
+        gold = selw2s.right_option(setup.config, part, questions)
+        inputs = selw2s.student_inputs(setup, part, questions)
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
-        said.append((inputs, *elicited, gold, selw2s.own_right(config, whole)))
+        said.append((inputs, *elicited, gold, selw2s.own_right(setup.config, whole)))
     for twins, once in zip(*said):
         assert torch.equal(twins, once) if isinstance(once, torch.Tensor) else twins == once
     _, label, zero_shot, belief, *_, gold, right = said[0]
