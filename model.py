@@ -596,6 +596,11 @@ def with_state(model: Transformer, state: dict[str, Tensor],
     return tuned, state
 
 
+def trained_tensors(student: "Student") -> dict[str, Tensor]:
+    """Canonical name -> tensor; with classifier.weight, where there is one."""
+    return student._state
+
+
 @torch.no_grad()
 def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKENS,
                 progress: Callable | None = None) -> Tensor:
@@ -617,10 +622,6 @@ class Classifier:
     def __init__(self, model: Transformer, state: dict[str, Tensor], *, lora_scale: float = 1.0):
         self.model, self._state = with_state(model, state, lora_scale)
 
-    def state(self) -> dict[str, Tensor]:
-        """The trained tensors."""
-        return self._state
-
     def size(self, sequence: list[int]) -> int:
         """Tokens of an input."""
         return len(sequence)
@@ -635,7 +636,7 @@ class Classifier:
         """log_p from final states x (B, C)"""
         return F.linear(x.float(), self._state["classifier.weight"]).log_softmax(-1)
 
-    predict = predictions
+    state, predict = trained_tensors, predictions
 
     def save(self, folder: str) -> None:
         """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has
@@ -657,10 +658,6 @@ class Answerer:
     def __init__(self, model: Transformer, state: dict[str, Tensor], *, lora_scale: float = 1.0):
         self.model, self._state = with_state(model, state, lora_scale)
 
-    def state(self) -> dict[str, Tensor]:
-        """The trained tensors."""
-        return self._state
-
     def size(self, choice: Choice) -> int:
         """Tokens of an input."""
         return len(choice.prompt) + sum(map(len, choice.options))
@@ -676,7 +673,7 @@ class Answerer:
         others = log_p.masked_fill(shown, -torch.inf).logsumexp(-1)  # (B,)
         return torch.stack([others, log_p[shown]], -1).float()
 
-    predict = predictions
+    state, predict = trained_tensors, predictions
 
     def save(self, folder: str) -> None:
         """Hugging Face layout, LoRA merged, with its head: loads as AutoModelForCausalLM, and as a checkpoint

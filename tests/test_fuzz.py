@@ -1,4 +1,4 @@
-"""Damaged files of every kind: taken, or one of the errors below, never anything else; soon, in little memory.
+"""Damaged files of every kind: taken, or one of three errors, never anything else; soon, in little memory.
 Run: pytest tests/test_fuzz.py (5 s; with CI=1 all 20,000 files, a minute).
 One case again: python tests/test_fuzz.py 1234"""
 import base64

@@ -1,6 +1,6 @@
 """What model.load takes and what it refuses: configurations, tensors, tokenizers that do not fit, the hub.
 
-Run: pytest tests/test_load.py (about 40 s on two cores). Real files are read from ../shared when it is there.
+Run: pytest tests/test_load.py (a minute on two cores). Real files are read from ../shared when it is there.
 """
 import dataclasses
 import hashlib
@@ -209,12 +209,13 @@ def test_refused_settings_of_other_families():
 
 ISSUE_KEYS = dict(  # found in real files, read by no class of our families
     max_sequence_length=1024, type_vocab_size=16, custom_pipelines={}, end_token_id=2, num_steps=10,
-    badwordsids=None, use_flash_attention=False, torchscript=False, author="someone",
+    badwordsids=[[1]], max_new_tokens=20, add_cross_attention=False, use_flash_attention=False,
+    torchscript=False, author="someone",
     _model_name_or_path="x", sliding_window_size=4096, unsloth_version="2024.8", pruned_heads={},
     tie_encoder_decoder=False, _attn_implementation_autoset=True, new_trick=0.5,
     auto_map={"AutoModelForCausalLM": "modeling_x.X"}, **{"transformers.js_config": {}})
-DROPPED_KEYS = dict(max_length=20, bad_words_ids=[[1]], temperature=0.5, top_p=0.9, do_sample=True,
-                    max_new_tokens=None)  # known, and nothing to a forward pass
+DROPPED_KEYS = dict(max_length=20, bad_words_ids=[[1]], temperature=0.5, top_p=0.9,
+                    do_sample=True)  # known, and nothing to a forward pass
 
 
 def config_class(family):
@@ -288,14 +289,16 @@ def test_real_configurations_in_small(name, tmp_path, capsys):
     alike(full, tmp_path)
     assert C.configure(full) == C.configure(raw)
     named = C.unread_keys(full)
-    assert set(named) == {key for key in ISSUE_KEYS if full[key] is not None} | set(C.unread_keys(raw))
+    unknown = ISSUE_KEYS.keys() - C.known_keys(C.FAMILIES[raw["model_type"]])
+    assert set(named) == unknown | set(C.unread_keys(raw)) and len(unknown) >= len(ISSUE_KEYS) - 1
     assert "ignored: " + ", ".join(named)[:300] in capsys.readouterr().out
 
 
 FOREIGN = dict(  # keys of some families, with values that would change every other
     rotary_emb_base=500, rotary_pct=0.5, layer_norm_eps=0.5, layer_norm_epsilon=0.5, rms_norm_eps=0.5,
     activation_function="relu", hidden_act="relu", hidden_activation="relu", num_layers=2, n_positions=8,
-    window_size=8, sliding_window=8, use_sliding_window=False, layer_types=["full_attention"] * 3, mlp_bias=True, attention_bias=True,
+    window_size=8, sliding_window=8, use_sliding_window=False, layer_types=["full_attention"] * 3,
+    mlp_bias=True, attention_bias=True,
     kv_channels=4, n_inner=8, ffn_dim=8, use_parallel_residual=False, attn_logit_softcapping=1.0,
     final_logit_softcapping=1.0, query_pre_attn_scalar=7, rope_local_base_freq=500.0, use_mrope=True,
     rope_interleaved=True, alibi=True, multi_query=True, pos_offset=3, qk_layernorm=True, no_bias=False,
