@@ -238,7 +238,7 @@ from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
 from data.results.page import write_page
-from data.results.work import Size, ahead, finetuning, reading, size_of
+from data.results.work import ahead, reading, size_of, stage_work
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
 from data.tokens import LoadError, encode_options
@@ -311,31 +311,26 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
     keep, progress = name == config.keep, setup.stages.progress
-    learn, *asked = (size_of(*zip(*[(x.prompt, x.options) for x in part])) if answers
-                     else Size(sum(map(len, part)), 0) for part in (inputs, *ask))
-    how = {key: settings[key] for key in ("tune", "epochs", "checkpoint")}
-    training = finetuning(start.network, learn, **how)
-    predicting = [reading(start.network, size) for size in asked]
+    work = stage_work(start.network, inputs, ask, settings)
 
     def compute():
-        student = finetune(start.network, inputs, targets, target_fn=rule, progress=progress.part(training),
-                           **settings)
-        state = student.state()
-        out = {f"p{i}": student.predict(part, progress=progress.part(predicting[i]))
-               for i, part in enumerate(ask)}
+        student = finetune(start.network, inputs, targets, target_fn=rule,
+                           progress=progress.part(work.training), **settings)
+        state, out = student.state(), {}
+        for i, part in enumerate(ask):
+            out[f"p{i}"] = student.predict(part, progress=progress.part(work.predicting[i]))
         if keep:
             out |= {f"state.{key}": x.cpu() for key, x in state.items()}
         return out | {"weights": digest(*(state[key] for key in sorted(state)))}
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
     kind = "finetune weak" if start is setup.weak else "finetune strong"
-    out = setup.stages("finetune", name, depends, compute, cost=(kind, training + sum(predicting)),
-                       tokens=config.epochs * learn.tokens,
-                       steps=config.epochs * -(-len(inputs) // config.batch))
+    out = setup.stages("finetune", name, depends, compute, cost=(kind, work.training + sum(work.predicting)),
+                       tokens=work.tokens, steps=config.epochs * -(-len(inputs) // config.batch))
     if keep:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
         folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"
-        kind = Answerer if answers else Classifier
-        kind(start.network, state).save(Path(config.out) / "students" / folder)
+        made = Answerer if answers else Classifier
+        made(start.network, state).save(Path(config.out) / "students" / folder)
     return Outcome([out[f"p{i}"] for i in range(len(ask))], out["weights"])
 
 

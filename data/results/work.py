@@ -47,6 +47,26 @@ def finetuning(network, size: Size, *, tune: str, epochs: int, checkpoint: bool)
                      + 3 * reading(network, Size(0, size.scored)))
 
 
+class StageWork(NamedTuple):
+    """Of one finetune stage, in operations; tokens: of all epochs of training."""
+    training: float
+    predicting: list[float]     # per list of inputs asked for
+    tokens: float
+
+
+def stage_work(network, inputs: list, ask: list, settings: dict) -> StageWork:
+    """inputs, ask: token sequences or model.Choices, as selw2s.finetuned takes them; settings of finetune."""
+    sizes = []
+    for part in (inputs, *ask):
+        if isinstance(part[0], list):
+            sizes.append(Size(sum(map(len, part)), 0))
+        else:
+            sizes.append(size_of([x.prompt for x in part], [x.options for x in part]))
+    how = {key: settings[key] for key in ("tune", "epochs", "checkpoint")}
+    return StageWork(finetuning(network, sizes[0], **how), [reading(network, size) for size in sizes[1:]],
+                     settings["epochs"] * sizes[0].tokens)
+
+
 def mean_sizes(tokenizer, questions: list[Question]) -> tuple[Size, Size]:
     """Mean size of a question's item, and of the question with all options; from about 200 of them."""
     some = questions[::max(1, len(questions) // 200)]
