@@ -235,7 +235,7 @@ from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
 from data.results.page import write_page
-from data.results.plan import Size, ahead, finetuning, reading, size_of
+from data.results.work import Size, ahead, finetuning, reading, size_of
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
 from data.tokens import LoadError, encode_options

@@ -128,7 +128,7 @@ class Progress:
     """Share of the run that is done and time left, on stderr: a bar on a terminal, erased at each stage's
     end, elsewhere a line a minute (between two steps: none comes during one).
 
-    Work is in operations (data/results/plan.py). Each kind of stage, as "finetune weak", has the rate of its
+    Work is in operations (data/results/work.py). Each kind of stage, as "finetune weak", has the rate of its
     last minute of work in this run; a kind that did none yet, that of all others together. A stage found in
     the cache is done; what lies between stages, probes and smoothing, is not foreseen."""
 
@@ -200,18 +200,26 @@ class Progress:
         self.said = self.clock()
         share, stage, left = self.state()
         speed = self.rate(self.kind) * self.tokens / max(self.work, 1e-9)
-        text = (f"{self.name} {self.at / max(self.work, 1e-9):.0%}, {speed:,.0f} tokens/s, "
-                + ("" if loss is None else f"loss {loss:.3f}, ") + f"{duration(stage)} left; "
-                f"run {share:.0%} done, {duration(left)} left")
+        text = (f"run {share:.0%}, {duration(left)} left; {self.name} "
+                f"{self.at / max(self.work, 1e-9):.0%}, {duration(stage)} left, {speed:,.0f} tokens/s"
+                + ("" if loss is None else f", loss {loss:.3f}"))
         if not terminal:
             print(f"progress  {text}", file=sys.stderr, flush=True)
             return
         if self.bar is None:
             from tqdm import tqdm       # here: only a terminal needs it; it comes with huggingface_hub
-            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, dynamic_ncols=True,
-                            bar_format="|{bar:20}| {desc}")
+            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, ncols=columns() - 1, delay=1e-9,
+                            bar_format="|{bar:10}| {desc}")
         self.bar.n = share
         self.bar.set_description_str(text)
+
+
+def columns() -> int:
+    """Width of the terminal that stderr is, 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def duration(seconds: float) -> str:
