@@ -201,18 +201,26 @@ class Progress:
         self.said = self.clock()
         share, stage, left = self.state()
         speed = self.rate(self.kind) * self.tokens / max(self.work, 1e-9)
-        text = (f"{self.name} {self.at / max(self.work, 1e-9):.0%}, {speed:,.0f} tokens/s, "
-                + ("" if loss is None else f"loss {loss:.3f}, ") + f"{duration(stage)} left; "
-                f"run {share:.0%} done, {duration(left)} left")
+        text = (f"run {share:.0%}, {duration(left)} left; {self.name} "
+                f"{self.at / max(self.work, 1e-9):.0%}, {duration(stage)} left, {speed:,.0f} tokens/s"
+                + ("" if loss is None else f", loss {loss:.3f}"))
         if not terminal:
             print(f"progress  {text}", file=sys.stderr, flush=True)
             return
         if self.bar is None:
             from tqdm import tqdm       # here: only a terminal needs it; it comes with huggingface_hub
-            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, dynamic_ncols=True,
-                            bar_format="|{bar:20}| {desc}")
+            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, ncols=columns() - 1, delay=1e-9,
+                            bar_format="|{bar:10}| {desc}")
         self.bar.n = share
         self.bar.set_description_str(text)
+
+
+def columns() -> int:
+    """Width of the terminal that stderr is, 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def duration(seconds: float) -> str:
