@@ -238,9 +238,9 @@ from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
 from data.results.page import write_page
-from data.results.work import ahead, reading, size_of, stage_work
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
+from data.results.work import ahead, reading, size_of, stage_work
 from data.tokens import LoadError, encode_options
 from graph import affinity, knn, normalise, propagate
 from model import Answerer, Choice, Classifier, TrainError, finetune, load, out_of_memory, read
