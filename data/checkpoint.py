@@ -369,7 +369,9 @@ def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[
 
 def summary(c: Config, params: dict[str, Tensor], ignored: list[str], raw: dict) -> str:
     """The line that says what was loaded, and what of the checkpoint was left aside."""
-    head = "tied" if c.tied else "own" if "head.weight" in params else "no"
+    head = "tied"
+    if not c.tied:
+        head = "own" if "head.weight" in params else "no"
     count, dtype = sum(x.numel() for x in params.values()) / 1e6, params["embed.weight"].dtype
     line = (f"{c.family}: {len(params)} tensors, {len(ignored)} ignored, {head} head, {count:.1f}M "
             f"parameters, {str(dtype).removeprefix('torch.')}")
