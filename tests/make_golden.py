@@ -30,13 +30,11 @@ gpt2, llama, gemma3_text .safetensors        a shaken checkpoint and what it com
 
 graph.safetensors                            graph.py; row 11 of x is a twin of row 5, row 29 is zero
     x, Y                 (97, 13), (97, 3)   features, labels
-    clamp                (97,) uint8         the anchors of F.clamped
-    METRIC.index         (97, 7) int32       for METRIC cosine and euclidean; ties: lower index first
-    METRIC.similarity    (97, 7)             cosine; 1 / (1 + distance)
-    S.crow, S.col        (98,), (E,) int32   CSR pattern of W and S, from cosine.*, gamma 3
+    cosine.index         (97, 7) int32       neighbours by cosine; ties: lower index first
+    cosine.similarity    (97, 7)
+    S.crow, S.col        (98,), (E,) int32   CSR pattern of W and S, gamma 3
     W.value, S.value     (E,) float64
     F.half, F.most       (97, 3) float64     alpha 0.5, 0.99
-    F.clamped            (97, 3) float64     alpha 0.9, rows of clamp held
 
 method.safetensors                           selw2s.py and data/results/metrics.py
     probe.features       (60, 6)             column 4 is constant
@@ -153,19 +151,16 @@ def family(raw, rng):
 
 
 def graph_file(rng):
-    x, Y, clamp = tensor(rng.randn(97, 13)), tensor(rng.rand(97, 3)), torch.arange(97) % 5 == 0
+    x, Y = tensor(rng.randn(97, 13)), tensor(rng.rand(97, 3))
     x[11], x[29] = x[5], 0      # a twin; a row whose cosines are all 0, so that it is isolated
-    out = {"x": x, "Y": Y, "clamp": clamp.to(torch.uint8)}
-    for metric in ("cosine", "euclidean"):
-        index, similarity = graph.knn(x, 7, metric=metric)
-        out |= {f"{metric}.index": index.int(), f"{metric}.similarity": similarity}
-    W = graph.affinity(out["cosine.index"].long(), out["cosine.similarity"])
+    index, similarity = graph.knn(x, 7)
+    W = graph.affinity(index, similarity)
     S = graph.normalise(W)
-    out |= {"S.crow": S.crow_indices().int(), "S.col": S.col_indices().int()}
-    out |= {"W.value": W.values(), "S.value": S.values()}
-    for name, alpha, held in (("half", 0.5, None), ("most", 0.99, None), ("clamped", 0.9, clamp)):
-        out[f"F.{name}"] = graph.propagate(S, Y, alpha, clamp=held, tol=1e-12).F
-    return out
+    return {"x": x, "Y": Y, "cosine.index": index.int(), "cosine.similarity": similarity,
+            "S.crow": S.crow_indices().int(), "S.col": S.col_indices().int(),
+            "W.value": W.values(), "S.value": S.values(),
+            "F.half": graph.propagate(S, Y, 0.5, tol=1e-12).F,
+            "F.most": graph.propagate(S, Y, 0.99, tol=1e-12).F}
 
 
 def probes(rng):

@@ -123,14 +123,11 @@ def classifier_loss(final, w, target):
 
 # ---- graph -------------------------------------------------------------------------------------------------
 
-def knn(x, k, metric="cosine"):
+def knn(x, k):
     """index, similarity (N, k), no row its own. Pair by pair: in a matrix product twins may fail to tie."""
     x = x.astype(np.float64)
-    if metric == "cosine":                                      # a zero row is at 0 from all
-        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
-        s = np.stack([(x * row).sum(1) for row in x])
-    else:
-        s = np.stack([1 / (1 + np.sqrt(((x - row) ** 2).sum(1))) for row in x])
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)    # a zero row is at 0 from all
+    s = np.stack([(x * row).sum(1) for row in x])
     np.fill_diagonal(s, -np.inf)
     s = s.astype(np.float32)                                    # tied is what is equal when rounded
     index = np.argsort(-s, axis=1, kind="stable")[:, :k]        # stable: ties to the lower index
@@ -149,12 +146,10 @@ def normalise(W):
     return scale[:, None] * W * scale
 
 
-def propagate(S, Y, alpha, clamp=False):
-    """F (N, M), by a dense solve; large N needs graph.py's conjugate gradients. Isolated and clamped rows
-    keep their Y, which the others, u, feel."""
-    F, u = Y.astype(np.float64), S.any(1) & ~np.broadcast_to(clamp, len(S))
-    prior = (1 - alpha) * F[u] + alpha * S[u][:, ~u] @ F[~u]
-    F[u] = np.linalg.solve(np.eye(u.sum()) - alpha * S[u][:, u], prior)
+def propagate(S, Y, alpha):
+    """F (N, M), by a dense solve; large N needs conjugate gradients. Isolated rows keep their Y."""
+    F, u = Y.astype(np.float64), S.any(1)
+    F[u] = np.linalg.solve(np.eye(u.sum()) - alpha * S[u][:, u], (1 - alpha) * F[u])
     return F
 
 

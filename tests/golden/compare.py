@@ -42,15 +42,13 @@ def family(port, g, config):
 
 
 def graph(port, g, _):
-    out = {}
-    for metric in ("cosine", "euclidean"):
-        out[f"{metric}.index"], out[f"{metric}.similarity"] = port.knn(g["x"], 7, metric)
+    index, similarity = port.knn(g["x"], 7)
     W = port.affinity(g["cosine.index"], g["cosine.similarity"], 3.0)
     S, (row, col) = port.normalise(W), W.nonzero()
     crow = np.append(0, np.bincount(row, minlength=len(W)).cumsum())
-    out |= {"S.crow": crow, "S.col": col, "W.value": W[row, col], "S.value": S[row, col]}
-    for name, alpha, held in (("half", 0.5, False), ("most", 0.99, False), ("clamped", 0.9, True)):
-        out[f"F.{name}"] = port.propagate(S, g["Y"], alpha, (g["clamp"] > 0) & held)
+    out = {"cosine.index": index, "cosine.similarity": similarity, "S.crow": crow, "S.col": col,
+           "W.value": W[row, col], "S.value": S[row, col],
+           "F.half": port.propagate(S, g["Y"], 0.5), "F.most": port.propagate(S, g["Y"], 0.99)}
     yield from ((key, x, g[key]) for key, x in out.items())
 
 
