@@ -157,7 +157,7 @@ def main_table(names) -> str:
         result = kept(name)
         if result is None:
             flags = " ".join((REFERENCE | REAL)[name][0])
-            lines.append(row_of([name, *["not measured"] * (len(head) - 1)]))
+            lines.append(row_of([name, "not measured", *[""] * (len(head) - 2)]))
             commands.append(f"    python selw2s.py {flags}")
             continue
         cells = [cell(result, m) for m in ("weak", "zero-shot", "naive", "selective", "fused", "ceiling")]
