@@ -846,7 +846,7 @@ def gradients(learner: Learner, indices: list[int], w: Tensor, target_fn, fracti
     alone = learner.log_p(parts[0]) if len(parts) == 1 else None
     target, total = w, 0.0
     if target_fn:
-        p = torch.empty_like(w)
+        p = w.new_empty(len(w))
         with torch.no_grad():
             for part, chosen in zip(micro, parts):
                 p[part] = (learner.log_p(chosen) if alone is None else alone)[:, 1].exp()

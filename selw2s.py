@@ -30,7 +30,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 # ------------------------------------------------------------------------------------ Config and command line
 ALWAYS = ("weak", "zero-shot")      # without training a student: rows of every run
 METHODS = (*ALWAYS, "ceiling", "naive", "logconf", "product", "confidence-only", "self-only", "strong-on-D_l",
-           "graph-only", "route-only", "selective", "fused", "trust", "chain", "oracle")
+           "graph-only", "route-only", "selective", "fused", "trust", "ensemble", "raven", "two-stage",
+           "label-model", "debate", "chain", "oracle")
 DEFAULT_METHODS = (*ALWAYS, "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
                    "selective")
 ROUTERS = ("probe", "belief", "both")
@@ -52,8 +53,10 @@ class Config:
     """Everything that a run depends on. Type object: a number, or a word."""
     task: str = flag("demo", "demo (= demo-sciq), demo-boolq, demo-cosmosqa (synthetic, with their own two "
                              "models), sciq, boolq, cosmosqa, or FILE.jsonl")
-    weak: str = flag("", "weak model: directory or hub id (the demo tasks bring their own)", metavar="MODEL")
+    weak: tuple = flag((), "weak model, or several: directory or hub id (the demo tasks bring their own)",
+                       nargs="+", metavar="MODEL")
     strong: str = flag("", "strong pretrained model: directory or hub id", metavar="MODEL")
+    weak_seeds: int = flag(1, "supervisors made of each weak model, by its order of training", metavar="K")
     methods: tuple = flag(DEFAULT_METHODS, "all, or some of: " + " ".join(METHODS), nargs="+",
                           metavar="METHOD", choices=METHODS + ("all",))
     seeds: tuple = flag((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
@@ -81,8 +84,9 @@ class Config:
     epochs: int = flag(2, "passes over the training items", metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
-    analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied",
-                         choices=("cross-task", "difficulty", "sweep"))
+    analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; what "
+                             "the weak representation lacks",
+                         choices=("cross-task", "difficulty", "sweep", "representation"))
     difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
                            choices=("weak", "strong"))
     keep: str = flag("", "save this method's students in Hugging Face layout under <out>/students",
@@ -106,7 +110,7 @@ LIMITS = {      # flag: least value, greatest, what it must be (NaN compares fal
     "gamma": (0, 1e9, "a number from 0"),
     "lr": (1e-300, 1e300, "a positive number"),
     "k": (1, MOST, "a whole number from 1"),
-    **dict.fromkeys(("epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
+    **dict.fromkeys(("weak_seeds", "epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
     **dict.fromkeys(("shots", "limit"), (0, MOST, f"a whole number from 0 to {MOST}"))}
 
 
@@ -204,7 +208,8 @@ def parse(argv: list[str] | None = None) -> Config:
         command_line.error(line)
     if config.rerun or config.merge:
         return config
-    if not config.task.startswith("demo-") and not (config.weak and config.strong):
+    weak = config.weak or config.task.endswith(".jsonl")       # which may bring weak labels
+    if not config.task.startswith("demo-") and not (weak and config.strong):
         command_line.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
                            "(only the demo tasks bring their own)")
     if config.analysis == "cross-task" and (config.task.endswith(".jsonl") or config.route != "probe"):
@@ -220,10 +225,12 @@ if __name__ == "__main__":   # a script ends here; what follows is the module
 
 import hashlib
 import json
+import math
 import os
 import random
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,18 +239,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import (DEMO, YES_NO, DataError, Item, Question, column_of, completion, deal, distinct, fit, halves,
-                  items, load_task, prompt)
+from data import (DEMO, DataError, Item, Question, column_of, columns_shown, completion, deal, fit, halves,
+                  items, judged, load_task, options_of, prompt, unconditional)
 from data.cache import Stages, digest
 from data.results.figures import figures
-from data.results.metrics import accuracy, auroc, cross_entropy
+from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option
 from data.results.page import write_page
 from data.results.report import shown, table
-from data.results.store import merged, result_of, write
+from data.results.store import merged, record, result_of, write
 from data.results.work import ahead, reading, size_of, stage_work
 from data.tokens import LoadError, encode_options
 from graph import affinity, knn, normalise, propagate
-from model import Answerer, Choice, Classifier, TrainError, finetune, load, out_of_memory, read
+from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory,
+                   read)
 
 HERE = Path(__file__).resolve().parent
 
@@ -294,10 +302,15 @@ class Outcome(NamedTuple):
 class Setup(NamedTuple):
     """What all steps of a run share."""
     config: Config
-    task: object        # data.Task, as both models can read it
-    weak: Pretrained
+    task: object        # data.Task, as all models can read it
+    weak: tuple[Pretrained, ...]        # none where the task's file brings weak labels
     strong: Pretrained
     stages: Stages      # finished ones on disk; tells of the others
+
+    def models(self) -> dict[str, Pretrained]:
+        """By name: weak, weak 2, weak 3 ..., strong."""
+        weak = {"weak" if i == 0 else f"weak {i + 1}": model for i, model in enumerate(self.weak)}
+        return weak | {"strong": self.strong}
 
 
 def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets: Tensor, ask: list, seed: int,
@@ -323,7 +336,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
             out |= {f"state.{key}": x.cpu() for key, x in state.items()}
         return out | {"weights": digest(*(state[key] for key in sorted(state)))}
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
-    kind = "finetune weak" if start is setup.weak else "finetune strong"
+    kind = "finetune strong" if start is setup.strong else "finetune weak"
     out = setup.stages("finetune", name, depends, compute, cost=(kind, work.training + sum(work.predicting)),
                        tokens=work.tokens, steps=config.epochs * -(-len(inputs) // config.batch))
     if keep:
@@ -359,11 +372,6 @@ def take(part: Part, rows: Tensor) -> Part:
         if value is not None:
             out[name] = [value[i] for i in at] if isinstance(value, list) else value[at]
     return Part(**out)
-
-
-def hidden_truth(part: Part) -> Tensor:
-    """(n,) ground truth of any part: for the ceiling, the oracle and the metrics only."""
-    return torch.tensor([float(item.label) for item in part.items])
 
 
 # --------------------------------------------------------------------------------------- 1. Split and format
@@ -402,38 +410,101 @@ def split(setup: Setup, seed: int) -> Split:
     return Split(labelled, transfer, test, question, fold, examples, usable)
 
 
-# ----------------------------------------------------------------------------------------- 2. Weak supervisor
+# ---------------------------------------------------------------------------------------- 2. Weak supervisors
 class Supervised(NamedTuple):
-    """The weak labels of a seed, P(y = 1)."""
+    """The weak labels of a seed, P(y = 1), by the weak supervisor, the first one. Those of a task's file are
+    taken as they stand: nobody trained on D_l made them."""
     labelled: Tensor    # (n_l,) cross-fitted: the only weak labels that may be held against truth
     transfer: Tensor    # (n_u,) of the supervisor trained on all of D_l
-    test: Tensor
+    test: Tensor        # (n_test,) NaN where a file has none
     weights: str        # hash of that supervisor
     by_fold: Tensor     # (folds, n_u) D_u's labels by each of the cross-fitted supervisors
+    every: Tensor       # (S, n_u) D_u's labels by every supervisor; NaN where one abstains
+
+
+class Supervisor(NamedTuple):
+    """One of those that a run trains: a weak model, and which order of the training items (--weak-seeds)."""
+    model: Pretrained
+    order: int
+
+
+def supervisors(setup: Setup) -> list[Supervisor]:
+    """The first is the weak supervisor of all methods that take one."""
+    return [Supervisor(model, order) for model in setup.weak for order in range(setup.config.weak_seeds)]
+
+
+def supervisor_names(setup: Setup) -> list[str]:
+    """Of every supervisor, trained ones first, then those of the task's file; each name once."""
+    folders = [Path(source).resolve().name for source in setup.config.weak or ("weak",)]
+    names = [name for name in folders[:len(setup.weak)] for _ in range(setup.config.weak_seeds)]
+    names += [name for name, _ in setup.task.train[0].weak]
+    return [name if name not in names[:i] else f"{name} #{names[:i].count(name) + 1}"
+            for i, name in enumerate(names)]
+
+
+def trained_labels(setup: Setup, number: int, parts, seed: int, read: Callable) -> Outcome:
+    """Supervisor `number`, finetuned on D_l's truth, labels D_u and test (Outcome.p).
+
+    parts: labelled, transfer, test, lists of items; read(item): the text it is given of an item."""
+    model, order = supervisors(setup)[number]
+    labelled, transfer, test = (model.tokenizer.encode([read(item) for item in part]) for part in parts)
+    truth = torch.tensor([float(item.label) for item in parts[0]])
+    name = "weak" if number == 0 else f"weak {number + 1}"
+    return finetuned(name, setup, model, labelled, truth, [transfer, test], seed + 1000 * order)
+
+
+def given_labels(setup: Setup, part: list[Item], question: dict[str, Question]) -> Tensor:
+    """(G, n) P(y = 1) by the G supervisors of the task's file; NaN where one abstains, or says nothing of
+    test."""
+    out = []
+    for name, _ in setup.task.train[0].weak:
+        said = [(dict(question[item.question_id].weak).get(name), question[item.question_id], item)
+                for item in part]
+        out.append([p[column_of(q.options, item.option)] if p else float("nan") for p, q, item in said])
+    return torch.tensor(out).reshape(len(out), len(part))
+
+
+def first_said(labels: Tensor) -> Tensor:
+    """(n,) the first supervisor's labels; where it abstains, the mean of the others; labels (S, n)."""
+    return torch.where(labels[0].isnan(), labels.nanmean(0), labels[0])
 
 
 def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
-    """2. Finetune the weak model on D_l's ground truth; it labels D_u and test. For each fold of D_l another,
-    trained on the other folds, labels that fold, and D_u too [D16]."""
-    weak = setup.weak
-    labelled, transfer, test = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:3])
-    truth = torch.tensor([float(item.label) for item in parts.labelled])
-    supervisor = finetuned("weak", setup, weak, labelled, truth, [transfer, test], seed)
-    folds = setup.config.folds
+    """2. Finetune every weak model on D_l's ground truth; it labels D_u and test. For each fold of D_l the
+    first one once more, trained on the other folds, labels that fold, and D_u too [D16]."""
+    given = [given_labels(setup, part, parts.question) for part in parts[:3]]
+    trained = [trained_labels(setup, number, parts[:3], seed, lambda item: item.text)
+               for number in range(len(supervisors(setup)))]
+    transfer, test = (torch.cat([out.p[i][None] for out in trained] + [given[i + 1]]) for i in range(2))
+    truth, folds = torch.tensor([float(item.label) for item in parts.labelled]), setup.config.folds
+    weak = first_said(transfer)
+    if trained:
+        cross, by_fold = cross_fitted(setup, parts, truth, seed)
+        weights = trained[0].weights
+    else:
+        cross, by_fold = first_said(given[0]), weak.expand(folds, -1)
+        weights = digest(*given)
+    kind = f"cross-fitted accuracy on D_l {accuracy(cross, truth):.3f} ({folds} folds)"
+    if not trained:
+        kind = f"labels of the task's file, right on {accuracy(cross, truth):.3f} of D_l"
+    setup.stages.tell(f"2 weak     {kind}" + (f"; {len(transfer)} supervisors" if len(transfer) > 1 else ""))
+    return Supervised(cross, weak, first_said(test), weights, by_fold, transfer)
+
+
+def cross_fitted(setup: Setup, parts: Split, truth: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Supervised.labelled and .by_fold, truth (n_l,) D_l's [D16]."""
+    weak, folds = setup.weak[0], setup.config.folds
+    labelled, transfer = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:2])
     cross, by_fold = torch.empty(len(labelled)), torch.empty(folds, len(transfer))
     for f in range(folds):
         learn, held = (parts.fold != f).nonzero()[:, 0], (parts.fold == f).nonzero()[:, 0]
         out = finetuned(f"cross-{f}", setup, weak, [labelled[i] for i in learn], truth[learn],
                         [[labelled[i] for i in held], transfer], seed)
         cross[held], by_fold[f] = out.p
-    setup.stages.tell(f"2 weak     cross-fitted accuracy on D_l {accuracy(cross, truth):.3f} ({folds} folds)")
-    return Supervised(cross, *supervisor.p, supervisor.weights, by_fold)
+    return cross, by_fold
 
 
 # ----------------------------------------------------------------------------------- 3. Self-generated labels
-JUDGE = "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:"  # after Burns' Table 2
-
-
 class Elicited(NamedTuple):
     """What the pretrained strong model says of n questions; fields as in Part."""
     own: Tensor
@@ -468,24 +539,15 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
     return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=size.tokens)
 
 
-def options_of(questions: list[Question]) -> list[list[str]]:
-    """Every option of every question as it follows the prompt, once where several have the same text."""
-    return [[completion(q, i) for i in distinct(q.options)] for q in questions]
+def item_states(setup: Setup, start: Pretrained, part: Part) -> Tensor:
+    """(n, C) hidden states of a pretrained model, after its final norm, where the items' texts end; a stage."""
+    sequences = start.tokenizer.encode([item.text for item in part.items])
+    depends = (start.sha256, setup.config.dtype, setup.config.device, sequences)
 
-
-def columns_shown(part: list[Item], questions: list[Question]) -> list[int]:
-    """Of every item, the place in `options_of` of the candidate it shows."""
-    return [column_of(q.options, item.option) for item, q in zip(part, questions)]
-
-
-def judged(item: Item, question: Question) -> str:
-    """The prompt that asks whether the candidate shown is right (of a yes/no question: "yes")."""
-    return prompt(question) + completion(question, item.option) + JUDGE
-
-
-def unconditional(question: Question) -> str:
-    """The prompt's last word, without the question."""
-    return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
+    def compute():
+        with torch.no_grad():
+            return {"state": hidden_at(start.network, sequences).cpu()}
+    return setup.stages("states", "item states", depends, compute)["state"]
 
 
 def untied(belief: Tensor, questions: list[Question]) -> Tensor:
@@ -534,18 +596,6 @@ def answer_right(learn: Part) -> Tensor:
     return learn.belief.argmax(1) == learn.gold
 
 
-def right_option(config: Config, part: list[Item], questions: list[Question]) -> Tensor:
-    """(n,) the right answer's column of `belief`; beyond D_l it is hidden truth: for metrics only."""
-    if config.own == "judge":
-        return torch.tensor([item.label for item in part])
-    return torch.tensor([column_of(q.options, q.answer) for q in questions])
-
-
-def own_right(config: Config, part: Part) -> Tensor:
-    """(n,) 1 where the strong model's own answer is right; beyond D_l for metrics only."""
-    return (part.belief.argmax(1) == right_option(config, part.items, part.questions)).float()
-
-
 def student_inputs(setup: Setup, part: list[Item], questions: list[Question]) -> list:
     """What a student is given of each item, in training and after: its text, or the question with all options
     and which of them is shown [D17]."""
@@ -563,8 +613,7 @@ class Prepared(NamedTuple):
     learn: Part         # D_l less the groups of --shots examples: what steps 4 to 6 learn from
     transfer: Part      # D_u
     test: Part
-    weak_weights: str   # hash of the weak supervisor
-    by_fold: Tensor     # (folds, n_u) D_u's labels by the supervisors that labelled D_l's folds
+    weak: Supervised
 
 
 def prepare(setup: Setup, seed: int) -> Prepared:
@@ -584,7 +633,7 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     right = answer_right(learn).double().mean()
     setup.stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, "
                       f"untouched accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
-    return Prepared(seed, learn=learn, weak_weights=supervised.weights, by_fold=supervised.by_fold, **out)
+    return Prepared(seed, learn=learn, weak=supervised, **out)
 
 
 # --------------------------------------------------------------------------------------------------- 4. P(IK)
@@ -827,7 +876,7 @@ def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors
     learn, transfer, out = prep.learn, prep.transfer, []
     for f in learn.fold.unique():
         at = learn.fold == f
-        weak = torch.cat([learn.weak[at], prep.by_fold[f]])
+        weak = torch.cat([learn.weak[at], prep.weak.by_fold[f]])
         own = torch.cat([learn.own[at], transfer.own])
         is_self = torch.cat([routed_learn[at], routed_transfer])
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
@@ -917,6 +966,84 @@ def homophily(transfer: Part, chosen: Smoothing) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ 7. Students
+class Labels(NamedTuple):
+    """What a student is trained on."""
+    targets: Tensor             # (n_u,) P(y = 1) of D_u's items, NaN: left out; (n_u, S) for a rule of several
+    rule: object = None         # of a step's targets (model.finetune's target_fn)
+
+
+class Predictions(NamedTuple):
+    """What a method, trained or not, says of D_u and test."""
+    labels: Tensor | None       # (n_u,) what it was trained on, NaN: left out; None: on nothing of D_u
+    transfer: Tensor            # (n_u,) P(y = 1)
+    test: Tensor                # (n_test,) P(y = 1)
+    weights: str                # hash of the trained tensors
+
+
+def labels_of(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Labels:
+    """The labels of D_u that a method trains its student on."""
+    match method:
+        case "ceiling":
+            return Labels(hidden_truth(prep.transfer))
+        case "naive":
+            return Labels(prep.transfer.weak)
+        case "self-only":           # tau = 0
+            return Labels(prep.transfer.own)
+        case "graph-only":          # tau > 1
+            return Labels(s.smoothed_weak)
+        case "route-only":          # alpha = 0
+            return Labels(s.routed)
+        case "selective":
+            return Labels(s.selective)
+    return related(method, setup, prep, known, s)
+
+
+def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Predictions:
+    """7. The pretrained strong model finetuned on one label set, of D_u or, strong-on-D_l, of D_l."""
+    transfer, ask = prep.transfer, [prep.transfer.inputs, prep.test.inputs]
+    if method == "strong-on-D_l":
+        out = finetuned(method, setup, setup.strong, prep.labelled.inputs, prep.labelled.truth, ask, prep.seed)
+        return Predictions(None, *out.p, out.weights)
+    targets, rule = labels_of(method, setup, prep, known, s)
+    labels = targets if targets.ndim == 1 else targets.nanmean(1)
+    rows = (~labels.isnan()).nonzero()[:, 0]
+    out = finetuned(method, setup, setup.strong, [transfer.inputs[i] for i in rows], targets[rows], ask,
+                    prep.seed, rule)
+    return Predictions(labels, *out.p, out.weights)
+
+
+# -------------------------------------------------------------------- Related systems: not the paper's method
+def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Labels:
+    """The labels of D_u, and the rule of a step, of what the paper is compared with or builds on."""
+    weak, every = prep.transfer.weak, prep.weak.every
+    match method:
+        case "logconf":
+            return Labels(weak, log_confidence)
+        case "product":
+            return Labels(weak, product)
+        case "confidence-only":
+            return Labels(only(surer(weak), weak))
+        case "fused":
+            return Labels(fused(prep, known.learn, known.transfer))
+        case "trust":
+            return Labels(trust(prep, known.transfer))
+        case "ensemble":        # the finetune-ensemble row of Lang et al. 2025, arXiv 2501.13124
+            return Labels(every.nanmean(0))
+        case "raven":
+            return Labels(every.T, raven())
+        case "two-stage":
+            return Labels(two_stage(setup, prep))
+        case "label-model":
+            return Labels(label_model(torch.cat([every, prep.transfer.own[None]])).p)
+        case "debate":
+            return Labels(debate(setup, prep).nanmean(0))
+        case "chain":           # weak -> student -> student
+            return Labels(student("naive", setup, prep, known, s).transfer)
+        case "oracle":
+            return Labels(oracle(setup.config, prep))
+    raise ValueError(method)
+
+
 def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
     """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
     positive as the weak labels' sum says (rounded half to even; ties of p to the lower index); a grows
@@ -935,14 +1062,19 @@ def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
     return yes / (yes + no).clamp_min(1e-12)
 
 
-def surer_half(weak: Tensor) -> Tensor:
-    """Indices of the more confident half of each predicted class, so that class balance survives [D10]."""
-    sure = (weak - 0.5).abs()
-    keep = []
-    for of_class in ((weak > 0.5).nonzero()[:, 0], (weak <= 0.5).nonzero()[:, 0]):
+def surer(labels: Tensor, share: float = 0.5) -> Tensor:
+    """(n,) bool, the more confident share of each class that labels (n,) predict, so that their balance
+    survives [D10]."""
+    sure, out = (labels - 0.5).abs(), torch.zeros_like(labels, dtype=torch.bool)
+    for of_class in ((labels > 0.5).nonzero()[:, 0], (labels <= 0.5).nonzero()[:, 0]):
         surest = sure[of_class].argsort(descending=True, stable=True)
-        keep.append(of_class[surest[:(len(of_class) + 1) // 2]])
-    return torch.cat(keep).sort().values
+        out[of_class[surest[:math.ceil(share * len(of_class))]]] = True
+    return out
+
+
+def only(rows: Tensor, labels: Tensor) -> Tensor:
+    """labels (n,) where rows (n,) bool; NaN, left out, elsewhere."""
+    return torch.where(rows, labels, torch.nan)
 
 
 def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
@@ -970,92 +1102,79 @@ def oracle(config: Config, prep: Prepared) -> Tensor:
     return select(replace(config, tau=0.5), prep, *knows).selective
 
 
-class Predictions(NamedTuple):
-    """What a method, trained or not, says of D_u and test."""
-    labels: Tensor | None       # (n_u,) what it was trained on, where it was trained on all of D_u
-    transfer: Tensor            # (n_u,) P(y = 1)
-    test: Tensor                # (n_test,) P(y = 1)
-    weights: str                # hash of the trained tensors
+def raven() -> Callable:
+    """The rule of RAVEN (its code at commit f959c17): targets are the supervisors' mean under weights on the
+    simplex, which follow the gradient of the student's loss. For a tenth of the steps they are equal, and
+    only items on which all supervisors agree are learnt from."""
+    weight, last = None, -1.0
+
+    def target(p, w, fraction, rate=1e-2, warm_up=0.1):     # w (B, S), NaN where one abstains
+        nonlocal weight, last
+        there = ~w.isnan()
+        if weight is None:
+            weight = torch.full_like(w[0], 1 / w.shape[1])
+        share = weight * there
+        mean = (share * w.nan_to_num()).sum(1) / share.sum(1)
+        if fraction < warm_up:
+            agree = ((w > 0.5) | ~there).all(1) | ((w <= 0.5) | ~there).all(1)
+            return torch.where(agree, mean, p)      # p itself: nothing to learn
+        if fraction > last:     # not again where a step starts anew for want of memory
+            p = p.clamp(1e-6, 1 - 1e-6)[:, None]
+            loss = -(w * p.log() + (1 - w) * (1 - p).log())                 # (B, S)
+            weight = (weight - rate * loss.nanmean(0).nan_to_num()).clamp_min(1e-6)
+            weight, last = weight / weight.sum(), fraction
+        return mean
+    return target
 
 
-def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Predictions:
-    """7. The pretrained strong model finetuned on one label set."""
-    transfer, weak, rule = prep.transfer, prep.transfer.weak, None
-    inputs = transfer.inputs
-    match method:
-        case "ceiling":
-            targets = hidden_truth(transfer)
-        case "naive":
-            targets = weak
-        case "logconf":
-            targets, rule = weak, log_confidence
-        case "product":
-            targets, rule = weak, product
-        case "confidence-only":
-            rows = surer_half(weak)
-            inputs, targets = [transfer.inputs[i] for i in rows], weak[rows]
-        case "self-only":           # tau = 0
-            targets = transfer.own
-        case "strong-on-D_l":
-            inputs, targets = prep.labelled.inputs, prep.labelled.truth
-        case "graph-only":          # tau > 1
-            targets = s.smoothed_weak
-        case "route-only":          # alpha = 0
-            targets = s.routed
-        case "selective":
-            targets = s.selective
-        case "fused":
-            targets = fused(prep, known.learn, known.transfer)
-        case "trust":
-            targets = trust(prep, known.transfer)
-        case "chain":               # weak -> student -> student
-            targets = student("naive", setup, prep, known, s).transfer
-        case "oracle":
-            targets = oracle(setup.config, prep)
-    ask = [transfer.inputs, prep.test.inputs]
-    out = finetuned(method, setup, setup.strong, inputs, targets, ask, prep.seed, rule)
-    return Predictions(targets if inputs is transfer.inputs else None, *out.p, out.weights)
+def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.75) -> Tensor:
+    """Two-stage filtering (arXiv 2503.04249) for classification, without its rewriting of questions: a
+    student of the more consistent share of items (by the confidence of the supervisors' mean; of votes that
+    is their agreement) labels the others; (n_u,) labels of the first and of those it is sure of."""
+    mean, inputs = prep.weak.every.nanmean(0), prep.transfer.inputs
+    first = surer(mean, share)
+    rows, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
+    if not len(others):
+        return mean
+    out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows], mean[rows],
+                    [[inputs[i] for i in others]], prep.seed)
+    labels = only(first, mean)
+    labels[others] = only((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
+    return labels
 
 
-# -------------------------------------------------------------------------------------------------- 8. Report
-def part_arrays(config: Config, part: Part, known: dict[str, Tensor], students: dict[str, Tensor]) -> dict:
-    """A part as items.npz has it; here metrics may read the hidden truth. known: P(IK) by router."""
-    arrays = {"truth": hidden_truth(part), "own": part.own, "own_p": part.belief.amax(1).float(),
-              "own_right": own_right(config, part), "p_ik": known[config.route],
-              **{f"p_ik/{router}": p for router, p in known.items()},
-              **{f"p/{method}": p for method, p in students.items()}}
-    return {"id": np.array([item.id for item in part.items]),
-            "group": np.array([q.group for q in part.questions]),
-            **{name: x.numpy() for name, x in arrays.items()}}
+class LabelModel(NamedTuple):
+    p: Tensor           # (n,) P(y = 1)
+    accuracy: Tensor    # (V,) of each voter, as found
 
 
-def record(config: Config, prep: Prepared, known: dict[str, Known], s: Selected,
-           done: dict[str, Predictions]) -> dict:
-    """One seed's arrays and choices, as named in items.npz and result.json."""
-    n_l, n_u, n_test = (len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
-    used, routers = known[config.route], known.items()
-    transfer = part_arrays(config, prep.transfer, {name: k.transfer for name, k in routers},
-                           {method: out.transfer for method, out in done.items()})
-    transfer |= {"weak": prep.transfer.weak.numpy(), "tau": s.tau.numpy(), "is_self": s.is_self.numpy(),
-                 "refined": s.refined.numpy(), "smoothed_weak": s.smoothed_weak.numpy()}
-    for method, out in done.items():
-        if out.labels is not None:
-            transfer[f"label/{method}"] = out.labels.numpy()
-    test = part_arrays(config, prep.test, {name: k.test for name, k in routers},
-                       {method: out.test for method, out in done.items()})
-    return {"seed": prep.seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule, "layer": used.layer,
-            "l2": used.probe.l2, "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
-            "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
-            "homophily": homophily(prep.transfer, s.chosen_alone),
-            "weights": {method: out.weights for method, out in done.items()},
-            "n": {"labelled": n_l, "transfer": n_u, "test": n_test},
-            "truth_used": {"ceiling": n_u, "self-only": config.shots, "zero-shot": config.shots,
-                           "oracle": n_l + n_u},
-            "transfer": transfer, "test": test,
-            "texts": {"question_id": [item.question_id for item in prep.transfer.items],
-                      "text": [item.text for item in prep.transfer.items],
-                      "candidate": [q.options[item.option]
-                                    for item, q in zip(prep.transfer.items, prep.transfer.questions)]}}
+def label_model(votes: Tensor) -> LabelModel:
+    """One-coin EM over votes (V, n) P(y = 1), NaN where one abstains: each voter is right with a probability
+    of its own, independently (Dawid and Skene 1979; in the place of WSGAN's encoder, arXiv 2203.12023)."""
+    there = (~votes.isnan()).double()
+    sign = (2.0 * (votes > 0.5) - 1) * there                                # +1 yes, -1 no, 0 abstains
+    p = 0.5 + 0.5 * sign.sum(0) / there.sum(0).clamp_min(1)                 # the majority's share
+    for _ in range(1000):
+        voted_right = (sign > 0) * p + (sign < 0) * (1 - p)                 # (V, n)
+        right = (voted_right.sum(1) / there.sum(1).clamp_min(1)).clamp(0.5, 0.99)
+        before, p = p, torch.sigmoid(log_odds(p.mean()) + (sign * log_odds(right)[:, None]).sum(0))
+        if (p - before).abs().max() < 1e-9:
+            break
+    return LabelModel(p.float(), right)
+
+
+def debate(setup: Setup, prep: Prepared) -> Tensor:
+    """(S, n_u) labels by supervisors that read a transcript, "transcripts" of the task's file, each its own,
+    in front of every question (arXiv 2501.13124, whose transcripts come from debates of strong models)."""
+    question = {q.id: q for q in setup.task.train + setup.task.test}
+    parts = [part.items for part in (prep.labelled, prep.transfer, prep.test)]
+    out = prep.weak.every.clone()
+    for number in range(len(supervisors(setup))):
+        def read(item):
+            heard = question[item.question_id].transcripts[number:number + 1]
+            return "\n".join([*heard, item.text])
+        out[number] = trained_labels(setup, number, parts, prep.seed, read).p[0]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- The run
@@ -1081,13 +1200,13 @@ def one_seed(setup: Setup, seed: int) -> dict:
              f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
     transfer, test = prep.transfer, prep.test
     untouched = setup.strong.sha256
-    done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.weak_weights),
+    done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.weak.weights),
             "zero-shot": Predictions(transfer.zero_shot, transfer.zero_shot, test.zero_shot, untouched)}
     for method in config.methods:
         if method not in done:
             done[method] = student(method, setup, prep, known, s)
             tell(f"7 student  {method}")
-    return record(config, prep, routers, s, done)
+    return record(setup, prep, routers, s, done, supervisor_names(setup), homophily(transfer, s.chosen_alone))
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
@@ -1108,6 +1227,17 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
     return task, counts
 
 
+def check_supervisors(config: Config, task, weak: int) -> None:
+    """DataError if nobody labels D_u, or the transcripts of the task's file are not one per supervisor."""
+    train = task.train[0]
+    if not weak and not train.weak:
+        raise DataError(f'--task {config.task} needs --weak MODEL, or "weak" labels on its lines')
+    read, trained = len(train.transcripts), weak * config.weak_seeds
+    if "debate" in config.methods and read and read != trained:
+        raise DataError(f"--methods debate: {config.task} has {read} transcripts a question for {trained} "
+                        "supervisors: give as many, --weak A B C or --weak-seeds K")
+
+
 def run(config: Config) -> dict:
     """The method for all seeds; its files in <out>/<task>/<run id>/; returns the result."""
     start = time.perf_counter()
@@ -1123,10 +1253,14 @@ def run(config: Config) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     print(described(config))
     task = load_task(config.task, data_dir=config.data_dir or None)
-    weak = pretrained(config.weak or str(HERE / "data/demo/weak"), False, config)
+    sources = config.weak
+    if task.name in DEMO and not sources:
+        sources = (str(HERE / "data/demo/weak"),)
+    check_supervisors(config, task, len(sources))
+    weak = tuple(pretrained(source, False, config) for source in sources)
     strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     strong.network.check_head()
-    task, counts = fitted(task, (weak, strong), config, tell)
+    task, counts = fitted(task, (*weak, strong), config, tell)
     setup = Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device))
     setup.stages.progress.ahead = ahead(setup)
     runs = [one_seed(setup, seed) for seed in config.seeds]

@@ -38,6 +38,8 @@ class Question(NamedTuple):
     question: str
     options: tuple[str, ...]    # YES_NO in a yes/no question
     answer: int                 # index of the right option
+    weak: tuple = ()            # labels that came with it: (supervisor, P of every option, None: it abstains)
+    transcripts: tuple[str, ...] = ()   # of debates on it, one per supervisor that reads one
 
 
 class Item(NamedTuple):
@@ -91,6 +93,28 @@ def prompt(question: Question) -> str:
 def completion(question: Question, option: int) -> str:
     """What follows `prompt` if the answer is option number `option`."""
     return ("\nAnswer: " if question.options == YES_NO else " ") + question.options[option]
+
+
+def options_of(questions: list[Question]) -> list[list[str]]:
+    """Every option of every question as it follows the prompt, once where several have the same text."""
+    return [[completion(q, i) for i in distinct(q.options)] for q in questions]
+
+
+def columns_shown(part: list[Item], questions: list[Question]) -> list[int]:
+    """Of every item, the place in `options_of` of the candidate it shows."""
+    return [column_of(q.options, item.option) for item, q in zip(part, questions)]
+
+
+def judged(item: Item, question: Question) -> str:
+    """The prompt that asks whether the candidate shown is right (of a yes/no question: "yes"), after Burns'
+    Table 2."""
+    return (prompt(question) + completion(question, item.option)
+            + "\nRespond with 1 if the answer is correct, and with 0 otherwise.\nResponse:")
+
+
+def unconditional(question: Question) -> str:
+    """The prompt's last word, without the question."""
+    return "Question:" if question.options == YES_NO else prompt(question).split()[-1]
 
 
 def permutation(n: int, seed: int):

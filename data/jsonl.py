@@ -1,13 +1,17 @@
 """A user's own task in, the refined labels out: UTF-8, one JSON object per line.
 
     {"question": "...", "options": ["...", "..."], "answer": 1}
-    optional: "context": passage, "id": unique, "group": what stays in one half, "split": "train" or "test"
+    optional: "context": passage, "id": unique, "group": what stays in one half, "split": "train" or "test",
+              "weak": weak labels, "transcripts": texts, one per supervisor that reads one
 
 "answer" is the index of the right option, from 0, or its text. Options of one text (`data.plain`) are one, at
 the place of the first; yes and no, in any order or case, make a yes/no question. "group" decides alone where
 it is given; else questions on one context form a group, or, without a context, those of one wording and the
 same options, in any order. "split" stands on every line or on none; then the groups, in the order of their
-names' SHA-256, fill the test set until it has a fifth of the questions. Every error names file and line.
+names' SHA-256, fill the test set until it has a fifth of the questions. "weak" is the probability of every
+option, [0.1, 0.9], or of several supervisors by name, {"ann": [0, 1], "bob": null}: a vote is 0 and 1, null is
+who abstains. Every training question has the same supervisors, one of whom labels it; a test question has them
+or none. Every error names file and line.
 """
 import hashlib
 import json
@@ -21,7 +25,7 @@ from data import YES_NO, DataError, Question, Task, column_of, distinct, plain
 from data.official import grouped, key
 
 TYPES = {"question": (str,), "options": (list,), "answer": (int, str), "context": (str,), "id": (str, int),
-         "group": (str, int), "split": (str,)}
+         "group": (str, int), "split": (str,), "weak": (list, dict), "transcripts": (list,)}
 
 
 def _once(pairs: list[tuple]) -> dict:
@@ -55,6 +59,23 @@ def _row(line: bytes) -> dict:
     return row
 
 
+def _weak(row: dict, places: list[int]) -> tuple:
+    """The row's weak labels by supervisor, of every option that counts; places: where each option of the row
+    is among those. Raises ValueError."""
+    given, out = row.get("weak", {}), []
+    if isinstance(given, list):
+        given = {"weak": given}
+    for name, p in given.items():
+        if p is not None:
+            numbers = isinstance(p, list) and all(type(x) in (int, float) and 0 <= x <= 1 for x in p)
+            if not numbers or len(p) != len(places) or abs(sum(p) - 1) > 0.02:
+                raise ValueError(f'"weak" of {name[:40]!r} must be null or {len(places)} probabilities, one '
+                                 f"per option, that sum to 1; found {p!r:.60}")
+            p = tuple(sum(x for x, at in zip(p, places) if at == i) for i in range(max(places) + 1))
+        out.append((name, p))
+    return tuple(out)
+
+
 def _question(row: dict, name: str) -> Question:
     """The question in a checked row, called `name` if it has no id; raises ValueError."""
     options, answer = row["options"], row["answer"]
@@ -70,15 +91,21 @@ def _question(row: dict, name: str) -> Question:
     if not isinstance(answer, int) or not 0 <= answer < len(options):
         last = len(options) - 1
         raise ValueError(f'"answer" {answer!r:.40} is neither an option nor an index from 0 to {last}')
-    answer = column_of(options, answer)
-    if sorted(plain(option).casefold() for option in kept) == list(YES_NO):
-        answer, kept = YES_NO.index(plain(kept[answer]).casefold()), YES_NO
+    places = [column_of(options, i) for i in range(len(options))]
+    words = [plain(option).casefold() for option in kept]
+    if sorted(words) == list(YES_NO):
+        places, kept = [YES_NO.index(words[place]) for place in places], YES_NO
+    transcripts = row.get("transcripts", [])
+    if not all(isinstance(text, str) and plain(text) for text in transcripts):
+        raise ValueError('"transcripts" must be texts that are not empty')
     context = row.get("context", "").strip()
     if not plain(context):
         context = ""
     question = Question(str(row.get("id", name)), str(row.get("group", "")), context, row["question"],
-                        tuple(kept), answer)
-    "".join((*texts, *question[:3])).encode()    # ValueError on half a surrogate pair, which JSON can spell
+                        tuple(kept), places[answer], _weak(row, places), tuple(transcripts))
+    supervisors = [name for name, _ in question.weak]
+    # ValueError on half a surrogate pair, which JSON can spell
+    "".join((*texts, *question[:3], *transcripts, *supervisors)).encode()
     return question
 
 
@@ -96,6 +123,19 @@ def _doubtful(row: dict, question: Question) -> bool:
     """Whether the answer of a row is an index that is also the text of an option it does not point to."""
     others = {plain(option) for i, option in enumerate(question.options) if i != question.answer}
     return isinstance(row["answer"], int) and str(row["answer"]) in others
+
+
+def _differs(question: Question, split: str, first: Question) -> str:
+    """Where a question's supervisors or transcripts are not those of the first training question; "" if they
+    are."""
+    names, others = ({name for name, _ in q.weak} for q in (question, first))
+    if names != others and (names or split == "train"):
+        return f'"weak" by {", ".join(sorted(names)) or "nobody"}, not by {", ".join(sorted(others)) or "nobody"}'
+    if names and split == "train" and all(p is None for _, p in question.weak):
+        return '"weak" by nobody: one supervisor must label a training question'
+    if len(question.transcripts) != len(first.transcripts):
+        return f'{len(question.transcripts)} "transcripts", not {len(first.transcripts)}'
+    return ""
 
 
 def load(path: str) -> Task:
@@ -133,6 +173,10 @@ def load(path: str) -> Task:
             side[group] = "test" if left > 0 else "train"
             left -= sizes[group]
         splits = [side[q.group] for q in questions]
+    first = next((q for q, s in zip(questions, splits) if s == "train"), None)
+    for q, split in zip(questions, splits):
+        if first and (fault := _differs(q, split, first)):
+            raise DataError(f"{path}:{lines[q.id]}: {fault} (line {lines[first.id]} is the first of training)")
     train, test = ([q for q, s in zip(questions, splits) if s == part] for part in ("train", "test"))
     return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}",
                 repeated)
@@ -142,23 +186,25 @@ def load(path: str) -> Task:
 TEXTS = ("question_id", "text", "candidate")        # of a row: what the arrays of a run do not hold
 
 
-def label_rows(run: dict, supervisor: str) -> list[dict]:
+def label_rows(run: dict) -> list[dict]:
     """labels.jsonl of one seed, a row per item of D_u: the labels that `selective` is trained on, and what
     they were made of. run: selw2s.record's; (n_u,) float32 arrays come as their shortest decimals, so that
     they are the same float32 again when read.
 
-    source: own, where routed; else smoothed, or weak where smoothing is off. refined: the smoothed weak
-    label, of routed items too. label: P(y = 1), own where routed, else refined."""
+    weak: P(y = 1) by supervisor, null where one abstains. source: own, where routed; else smoothed, or weak
+    where smoothing is off. refined: the smoothed weak label, of routed items too. label: P(y = 1), own where
+    routed, else refined."""
     def decimals(name):
-        return [float(str(x)) for x in run["transfer"][name]]
-    u, rows = run["transfer"], []
+        return [None if np.isnan(x) else float(str(x)) for x in run["transfer"][name]]
+    u, rows, supervisors = run["transfer"], [], run["supervisors"]
     rest = "smoothed" if run["smoothing"]["alpha"] else "weak"
-    columns = (u["id"], u["group"], u["is_self"], *map(decimals, ("weak", "own", "p_ik", "refined")))
-    for (name, group, is_self, weak, own, p_ik, refined), *texts in zip(
+    by_supervisor = zip(*(decimals(f"weak/{i}") for i in range(len(supervisors))))
+    columns = (u["id"], u["group"], u["is_self"], *map(decimals, ("own", "p_ik", "refined")), by_supervisor)
+    for (name, group, is_self, own, p_ik, refined, weak), *texts in zip(
             zip(*columns), *(run["texts"][key] for key in TEXTS), strict=True):
         question_id, text, candidate = texts
         rows.append({"id": str(name), "question_id": question_id, "group": str(group), "text": text,
-                     "candidate": candidate, "weak": {supervisor: weak}, "own": int(own), "p_ik": p_ik,
-                     "refined": refined, "source": "own" if is_self else rest,
+                     "candidate": candidate, "weak": dict(zip(supervisors, weak)), "own": int(own),
+                     "p_ik": p_ik, "refined": refined, "source": "own" if is_self else rest,
                      "label": own if is_self else refined, "seed": run["seed"]})
     return rows

@@ -50,7 +50,7 @@ def measure(prep, config) -> dict:
     """{view: label accuracy of D_u after its choice, and the choice}."""
     truth, transfer = selw2s.hidden_truth(prep.transfer), prep.transfer
     nobody = [torch.zeros(len(part.items), dtype=torch.bool) for part in (prep.learn, transfer)]
-    folds, ks = len(prep.by_fold), selw2s.KS
+    folds, ks = len(prep.weak.by_fold), selw2s.KS
     chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config)[0],
               "all": selw2s.choose_smoothing(d_l_views(prep, False), config)[0],
               "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, *nobody, False), config)[1]}

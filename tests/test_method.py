@@ -310,7 +310,7 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
         assert len(graphs) == 5
         for f, view in enumerate(graphs):
             at = prep.learn.fold == f
-            weak = torch.cat([prep.learn.weak[at], prep.by_fold[f]])
+            weak = torch.cat([prep.learn.weak[at], prep.weak.by_fold[f]])
             own, is_own = torch.cat([prep.learn.own[at], prep.transfer.own]), torch.cat([own_l[at], own_u])
             assert torch.equal(view.priors[:, 0], torch.where(is_own, own, weak) if anchors else weak)
             assert torch.equal(view.priors[:, 1], weak)

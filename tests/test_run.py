@@ -14,6 +14,7 @@ import torch
 import selw2s
 from conftest import ROOT
 from data.cache import Stages
+from data.results.metrics import own_right, right_option
 from selw2s import METHODS
 
 
@@ -274,9 +275,10 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
 def set_up(tiny, out, *flags, told=None):
     """Everything a run shares; told: a list that gets its lines."""
     config = selw2s.parse([*tiny, "--out", str(out), *flags])
-    models = [selw2s.pretrained(source, False, config) for source in (config.weak, config.strong)]
+    weak = tuple(selw2s.pretrained(source, False, config) for source in config.weak)
     stages = Stages(Path(out) / "cache", (told if told is not None else []).append)
-    return selw2s.Setup(config, selw2s.load_task(config.task), *models, stages)
+    return selw2s.Setup(config, selw2s.load_task(config.task), weak,
+                        selw2s.pretrained(config.strong, False, config), stages)
 
 
 def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
@@ -340,7 +342,7 @@ def test_cross_fitted_supervisors_never_saw_the_fold_they_label(tiny, tmp_path, 
     monkeypatch.setattr(selw2s, "finetuned", spy)
     setup = set_up(tiny, tmp_path, "--folds", "4")
     p = selw2s.prepare(setup, 0)
-    ids = [tuple(x) for x in setup.weak.tokenizer.encode([item.text for item in p.labelled.items])]
+    ids = [tuple(x) for x in setup.weak[0].tokenizer.encode([item.text for item in p.labelled.items])]
     groups = [q.group for q in p.labelled.questions]
     for f in range(4):
         learn, ask = seen[f"cross-{f}"]
@@ -417,10 +419,10 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
                 for n, (q, place) in enumerate(zip(questions, places))]
         elicited = selw2s.elicit(setup, "test", part, questions, nothing)
-        gold = selw2s.right_option(setup.config, part, questions)
+        gold = right_option(setup.config, part, questions)
         inputs = selw2s.student_inputs(setup, part, questions)
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
-        said.append((inputs, *elicited, gold, selw2s.own_right(setup.config, whole)))
+        said.append((inputs, *elicited, gold, own_right(setup.config, whole)))
     for twins, once in zip(*said):
         assert torch.equal(twins, once) if isinstance(once, torch.Tensor) else twins == once
     _, label, zero_shot, belief, *_, gold, right = said[0]
@@ -598,7 +600,7 @@ def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path,
 
     def certain(setup, name, part, questions, *rest):
         said = real(setup, name, part, questions, *rest)
-        gold = selw2s.right_option(setup.config, part, questions)
+        gold = right_option(setup.config, part, questions)
         return said._replace(belief=torch.nn.functional.one_hot(gold, said.belief.shape[1]).float())
     monkeypatch.setattr(selw2s, "elicit", certain)
     result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "difficulty", "--difficulty", "strong")

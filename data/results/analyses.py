@@ -1,4 +1,5 @@
-"""What P(IK) does beyond one task: --analysis cross-task, difficulty, sweep (paper, abstract).
+"""What P(IK) does beyond one task: --analysis cross-task, difficulty, sweep (paper, abstract); what the weak
+models' representations lack: --analysis representation.
 
 Each analysis gives {row title: [metrics of each seed]} and asks for the steps of selw2s, which imports
 nothing from here before a run needs it.
@@ -9,7 +10,7 @@ from itertools import product
 import torch
 
 from data import DEMO, OFFICIAL, load_task
-from data.results.metrics import accuracy, auroc, ece, mean_of
+from data.results.metrics import accuracy, auroc, ece, hidden_truth, mean_of, own_right, right_option
 
 
 def student_metrics(setup, prep, known, method: str = "selective") -> dict:
@@ -17,12 +18,12 @@ def student_metrics(setup, prep, known, method: str = "selective") -> dict:
     import selw2s
     s, p = selw2s.select(setup.config, prep, known.learn, known.transfer), known.transfer
     out = selw2s.student(method, kept_nowhere(setup), prep, known, s)
-    right, truth = selw2s.own_right(setup.config, prep.transfer), selw2s.hidden_truth(prep.transfer)
+    right, truth = own_right(setup.config, prep.transfer), hidden_truth(prep.transfer)
     return {"seed": prep.seed, "auroc": auroc(p, right), "ece": ece(p, right),
             "tau": float(s.tau.double().mean()), "coverage": float(s.is_self.double().mean()),
             "label_accuracy": accuracy(out.labels, truth),
             "homophily": selw2s.homophily(prep.transfer, s.chosen_alone),
-            "accuracy": accuracy(out.test, selw2s.hidden_truth(prep.test))}
+            "accuracy": accuracy(out.test, hidden_truth(prep.test))}
 
 
 def kept_nowhere(setup):
@@ -62,7 +63,7 @@ def difficulty(setup, tasks: dict) -> dict:
     for seed in config.seeds:
         prep = selw2s.prepare(setup, seed)
         easy = [easier_half(config, part) for part in (prep.learn, prep.transfer)]
-        right = selw2s.own_right(config, prep.transfer)
+        right = own_right(config, prep.transfer)
         for name, rows in (("all", None), ("easy", easy[0]), ("hard", ~easy[0])):
             known = known_from(config, prep, rows)
             metrics = student_metrics(setup, prep, known)
@@ -87,11 +88,11 @@ def known_from(config, prep, rows):
 def easier_half(config, part):
     """(n,) bool; by rank, as p may be 1 for most."""
     import selw2s
-    truth = selw2s.hidden_truth(part)
+    truth = hidden_truth(part)
     if config.difficulty == "weak":
         p_gold = torch.where(truth > 0.5, part.weak, 1 - part.weak)
     else:
-        p_gold = part.belief.gather(1, selw2s.right_option(config, part.items, part.questions)[:, None])[:, 0]
+        p_gold = part.belief.gather(1, right_option(config, part.items, part.questions)[:, None])[:, 0]
     return p_gold.argsort(stable=True).argsort() >= (len(p_gold) + 1) // 2
 
 
@@ -130,7 +131,52 @@ def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep}
+def representation(setup, tasks: dict) -> dict:
+    """Per weak model ||P_s (I - P_w)|| on D_u (arXiv 2502.00620): what the strong model represents and the weak
+    one does not; the error that this predicts of a student of the weak labels against the ceiling; and that
+    error, mean (naive - ceiling)^2 on D_u, of two students that are trained for it."""
+    import selw2s
+    out = {}
+    for seed in setup.config.seeds:
+        prep = selw2s.prepare(setup, seed)
+        truth, strong = hidden_truth(prep.transfer), prep.transfer.item_state[:, -1]
+        ceiling = selw2s.student("ceiling", kept_nowhere(setup), prep, None, None).transfer
+        for i, weak in enumerate(setup.weak):
+            norm, error = lacking(strong, selw2s.item_states(setup, weak, prep.transfer), truth)
+            number = i * setup.config.weak_seeds
+            labels, name = prep.weak.every[number], selw2s.supervisor_names(setup)[number]
+            its = prep._replace(transfer=prep.transfer._replace(weak=labels))
+            naive = selw2s.student("naive", kept_nowhere(setup), its, None, None)
+            out.setdefault(name, []).append({
+                "seed": seed, "norm": norm, "predicted_error": error,
+                "error": float(((naive.transfer - ceiling).double() ** 2).mean()),
+                "label_accuracy": accuracy(labels, truth),
+                "accuracy": accuracy(naive.test, hidden_truth(prep.test))})
+    return out
+
+
+def projection(states, ridge: float):
+    """(U, g) of P = U diag(g) U^T = K (K + r I)^-1, K = X X^T / n, r = ridge * tr(K) / n, X (n, C) centred
+    states: a thin SVD, no matrix n x n."""
+    x = states.double()
+    U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    value = S ** 2 / len(x)
+    return U, value / (value + ridge * value.sum() / len(x))
+
+
+def lacking(strong, weak, y, ridge: float = 0.1) -> tuple[float, float]:
+    """||P_s (I - P_w)|| and ||P_s (I - P_w) y||^2 / n of states (n, C_s), (n, C_w), labels y (n,), all centred
+    (arXiv 2502.00620; the ridge as in its code)."""
+    (U, g), (V, h), y = projection(strong, ridge), projection(weak, ridge), y.double() - y.double().mean()
+    C = U.T @ V
+    inner = torch.eye(len(g), dtype=g.dtype) - C @ torch.diag(2 * h - h ** 2) @ C.T
+    norm = torch.linalg.eigvalsh(g[:, None] * inner * g).clamp_min(0).max().sqrt()
+    left = g * (U.T @ y - C @ (h * (V.T @ y)))
+    return float(norm), float((left ** 2).sum() / len(y))
+
+
+ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep,
+            "representation": representation}
 
 
 def analyse(setup) -> dict:
@@ -141,7 +187,7 @@ def analyse(setup) -> dict:
         tasks = {}
         for name in DEMO[1:] if config.task in DEMO else OFFICIAL:
             loaded = load_task(name, data_dir=config.data_dir or None)
-            tasks[name], _ = selw2s.fitted(loaded, (setup.weak, setup.strong), config, setup.stages.tell)
+            tasks[name], _ = selw2s.fitted(loaded, (*setup.weak, setup.strong), config, setup.stages.tell)
     out = ANALYSES[config.analysis](setup, tasks)
     print(f"\n{analysis_table(config.analysis, out)}")
     return out

@@ -27,7 +27,7 @@ def figures(folder) -> list[str]:
         drawn["pipeline.svg"] = draw_pipeline
     if result["analysis"]:
         drawn["analysis.svg"] = {"cross-task": draw_cross_task, "difficulty": draw_difficulty,
-                                 "sweep": draw_sweep}[result["config"]["analysis"]]
+                                 "sweep": draw_sweep, "representation": draw_representation}[result["config"]["analysis"]]
     for name, draw in drawn.items():
         figure = draw(plt, result)
         figure.text(0.01, 1.01, caption, fontsize=7, color=GREY, ha="left", va="bottom")
@@ -85,7 +85,7 @@ def draw_main(plt, result):
     names = [m for m in methods if m not in ("weak", "ceiling")]
     figure, axes = plt.subplots(figsize=(7, 0.32 * len(names) + 1.1))
     for name, style, side in (("weak", ":", "right"), ("ceiling", "--", "left")):
-        if name in methods:
+        if name in methods and methods[name]["accuracy"] is not None:
             axes.axvline(methods[name]["accuracy"], color=GREY, linestyle=style, linewidth=1)
             axes.text(methods[name]["accuracy"], -0.75, f" {name} ", ha=side, va="bottom", color=GREY)
     for row, name in enumerate(names):
@@ -178,6 +178,23 @@ def draw_difficulty(plt, result):
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("AUROC of P(IK) on D_u (dotted: chance; large marks: mean over seeds)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_representation(plt, result):
+    """A student's error against the ceiling, as predicted from representations and as measured, per weak
+    model; a small mark per seed."""
+    rows = result["analysis"]
+    figure, ax = plt.subplots(figsize=(5, 3))
+    for metrics, colour in zip(rows.values(), (BLUE, ORANGE, GREY, "black") * len(rows)):
+        ax.plot(*([m[key] for m in metrics] for key in ("predicted_error", "error")), "o", color=colour,
+                alpha=0.3, markersize=4)
+    for (name, metrics), colour in zip(rows.items(), (BLUE, ORANGE, GREY, "black") * len(rows)):
+        ax.plot(mean_of(metrics, "predicted_error"), mean_of(metrics, "error"), "o", color=colour,
+                markersize=8, label=name)
+    ax.set_xlabel("predicted: |P_s (I - P_w) y|^2 / n on D_u")
+    ax.set_ylabel("measured: mean (naive - ceiling)^2 on D_u")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="weak model")
     return figure
 
 

@@ -11,6 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import column_of
+
+
+def hidden_truth(part) -> Tensor:
+    """(n,) ground truth of any part (selw2s.Part): for the ceiling, the oracle and the metrics only."""
+    return torch.tensor([float(item.label) for item in part.items])
+
+
+def right_option(config, items: list, questions: list) -> Tensor:
+    """(n,) the right answer's column of `belief`; beyond D_l it is hidden truth: for metrics only."""
+    if config.own == "judge":
+        return torch.tensor([item.label for item in items])
+    return torch.tensor([column_of(q.options, q.answer) for q in questions])
+
+
+def own_right(config, part) -> Tensor:
+    """(n,) 1 where the strong model's own answer is right; beyond D_l for metrics only."""
+    return (part.belief.argmax(1) == right_option(config, part.items, part.questions)).float()
+
 
 def accuracy(p: Tensor, y: Tensor) -> float:
     """Share of items with (p > 1/2) = y; p (N,) probability, y (N,) 0/1."""

@@ -13,7 +13,7 @@ import numpy as np
 from data.jsonl import label_rows
 from data.results.metrics import mean_of
 from data.results.report import remarks, shown, span
-from data.results.store import replace_file, supervisor
+from data.results.store import replace_file
 
 UNDRAWN = "<p>No figures: pip install matplotlib, then run the same command again.</p>"
 CLASSES = ("routed and right", "routed and wrong", "repaired by smoothing", "broken by smoothing",
@@ -22,7 +22,7 @@ CLASSES = ("routed and right", "routed and wrong", "repaired by smoothing", "bro
 
 def write_page(folder: Path, result: dict, runs: list[dict], drawn: list[str]) -> None:
     """report.html in a run's folder; runs: selw2s.record's; drawn: names of figures that lie there."""
-    items = [row for run in runs for row in item_rows(run, supervisor(result))]
+    items = [row for run in runs for row in item_rows(run)]
     metrics, seeds = result["metrics"], [run["seed"] for run in runs]
     figures = {name: figure_html(folder / name) for name in drawn}
     n = f"{metrics['test_items']:,} test items x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
@@ -41,12 +41,13 @@ def write_page(folder: Path, result: dict, runs: list[dict], drawn: list[str]) -
     replace_file(folder / "report.html", page.encode("utf-8", "backslashreplace"))
 
 
-def item_rows(run: dict, supervisor: str) -> list[list]:
+def item_rows(run: dict) -> list[list]:
     """Of every item of D_u what ITEM in the script names; here the hidden truth is shown."""
     rows = []
-    for row, truth in zip(label_rows(run, supervisor), run["transfer"]["truth"].tolist(), strict=True):
+    weak_labels = [float(str(x)) for x in run["transfer"]["weak"]]      # decimals as label_rows gives them
+    truths = run["transfer"]["truth"].tolist()
+    for row, weak, truth in zip(label_rows(run), weak_labels, truths, strict=True):
         context, question = shown_question(row["text"], row["candidate"])
-        weak = row["weak"][supervisor]
         rows.append([row["seed"], question, context, row["candidate"], weak, row["own"], row["p_ik"],
                      row["refined"], row["source"], int(truth), class_of(row, weak, truth)])
     return rows
@@ -87,7 +88,7 @@ def table_html(metrics: dict) -> str:
     lines, none = ["<tr>" + "".join(f"<th scope=col>{x}" for x in head)], {"mean": None, "ci95": None}
     for name, r in metrics["methods"].items():
         naive, untouched = r.get("minus_naive", none), r.get("minus_zero-shot", none)
-        cells = (f"{r['accuracy']:.3f}", span(r["ci95"]), shown(r["pgr"], ".2f"), span(r["pgr_ci95"]),
+        cells = (shown(r["accuracy"], ".3f"), span(r["ci95"]), shown(r["pgr"], ".2f"), span(r["pgr_ci95"]),
                  shown(naive["mean"], "+.3f"), span(naive["ci95"]), shown(untouched["mean"], "+.3f"),
                  shown(r["label_accuracy"], ".3f"), str(r["ground_truth_labels"]))
         star = "" if r["attainable"] else " *"

@@ -18,16 +18,21 @@ def diagnose(run: dict, methods) -> dict:
     routed = u["is_self"]
     where = {"all": torch.ones_like(routed), "routed": routed, "unrouted": ~routed}
     labels = {}
-    for key in [k for k in u if k in ("own", "weak", "refined", "smoothed_weak") or k.startswith("label/")]:
-        labels[key] = {}
-        for part, at in where.items():
-            labels[key][part] = accuracy(u[key][at], u["truth"][at]) if at.any() else None
+    for key in u:
+        if key in ("own", "weak", "refined", "smoothed_weak") or key.startswith(("label/", "weak/")):
+            labels[key] = {part: share_right(u[key][at], u["truth"][at]) for part, at in where.items()}
     return {"coverage": float(routed.double().mean()), "homophily": run["homophily"],
             "label_accuracy": labels,
             "p_ik": {"transfer": diagnose_p_ik(u["p_ik"], u), "test": diagnose_p_ik(t["p_ik"], t)},
             "routers": diagnose_routers(u, t),
-            "methods": {name: diagnose_student(name, t) for name in methods},
+            "methods": {name: diagnose_student(name, t) for name in methods if predicts([run], name)},
             "class_prior": {"transfer": float(u["truth"].mean()), "test": float(t["truth"].mean())}}
+
+
+def share_right(labels: Tensor, truth: Tensor) -> float | None:
+    """Accuracy of labels (n,), those that are NaN left out; None of nothing."""
+    there = ~labels.isnan()
+    return accuracy(labels[there], truth[there]) if there.any() else None
 
 
 def diagnose_routers(transfer: dict[str, Tensor], test: dict[str, Tensor]) -> dict:
@@ -55,9 +60,11 @@ def diagnose_p_ik(p: Tensor, part: dict[str, Tensor]) -> dict:
 
 
 def diagnose_student(name: str, t: dict[str, Tensor]) -> dict:
-    """Calibration of one method on test, gain and misfit (arXiv 2405.15116), imitation of weak errors; with a
-    ceiling, the table of what strong and weak model know."""
+    """Calibration of one method on test; where weak labels are there, gain and misfit (arXiv 2405.15116),
+    imitation of weak errors, and with a ceiling the table of what strong and weak model know."""
     y, weak, s = (t[key].double() for key in ("truth", "p/weak", f"p/{name}"))
+    if weak.isnan().any():
+        return {"ece": ece(s, y), "brier": brier(s, y)}
     gain, misfit = ((weak - y) ** 2 - (s - y) ** 2).mean(), ((s - weak) ** 2).mean()
     assert abs(gain - misfit - 2 * ((weak - s) * (s - y)).mean()) < 1e-6        # for any s: arXiv 2405.15116
     wrong, sure = (s > 0.5) != (y > 0.5), (s - 0.5).abs() >= 0.25
@@ -90,7 +97,7 @@ def right_by_method(runs: list[dict], methods) -> tuple[np.ndarray, np.ndarray]:
 
 def mean_label_accuracy(runs: list[dict], method: str) -> float | None:
     """Mean over seeds of the share of a method's training labels that agree with the truth of D_u."""
-    found = [accuracy(*map(torch.as_tensor, (r["transfer"][f"label/{method}"], r["transfer"]["truth"])))
+    found = [share_right(*map(torch.as_tensor, (r["transfer"][f"label/{method}"], r["transfer"]["truth"])))
              for r in runs if f"label/{method}" in r["transfer"]]
     return float(np.mean(found)) if found else None
 
@@ -104,26 +111,36 @@ def supervisor_views(runs: list[dict]) -> dict:
         seen, real = seen + r["cross_fitted"] / len(runs), real + on_u / len(runs)
         for share, n in ((r["cross_fitted"], r["n"]["labelled"]), (on_u, r["n"]["transfer"])):
             variance += share * (1 - share) / n / len(runs) ** 2
-    return {"cross_fitted": seen, "actual": real,
+    return {"cross_fitted": seen, "actual": real, "trained": all(r["trained"] for r in runs),
             "standard_errors": (seen - real) / max(variance ** 0.5, 1e-9)}
+
+
+def predicts(runs: list[dict], method: str) -> bool:
+    """Whether a method says something of every test item: weak labels that came with a file need not."""
+    return not any(np.isnan(r["test"][f"p/{method}"]).any() for r in runs)
 
 
 def summarise(runs: list[dict], methods) -> dict:
     """Accuracy, PGR, differences to naive and to the untouched strong model per method; 95 % intervals:
-    paired bootstrap, items and seeds."""
-    right, group = right_by_method(runs, methods)
-    draws = dict(zip(methods, bootstrap(right, group).T))       # (draws,) per method
-    mean, per_seed = dict(zip(methods, right.mean((1, 2)))), dict(zip(methods, right.mean(2)))
+    paired bootstrap, items and seeds. None where a method does not predict the test items."""
+    known = [m for m in methods if predicts(runs, m)]
+    right, group = right_by_method(runs, known)
+    draws = dict(zip(known, bootstrap(right, group).T))         # (draws,) per method
+    mean, per_seed = dict(zip(known, right.mean((1, 2)))), dict(zip(known, right.mean(2)))
     gap, size, defined = None, None, False
     if "weak" in mean and "ceiling" in mean:
         gap, size = draws["ceiling"] - draws["weak"], mean["ceiling"] - mean["weak"]
         defined = bool(size > 2 * gap.std())
     out = {}
     for m in methods:
-        row = {"accuracy": float(mean[m]), "ci95": interval(draws[m]), "per_seed": per_seed[m].tolist(),
+        row = {"accuracy": None, "ci95": None, "per_seed": None,
                "ground_truth_labels": max(r["truth_used"].get(m, r["n"]["labelled"]) for r in runs),
                "pgr": None, "pgr_ci95": None, "attainable": m != "oracle",
                "weights": [r["weights"][m] for r in runs], "label_accuracy": mean_label_accuracy(runs, m)}
+        out[m] = row
+        if m not in known:
+            continue
+        row |= {"accuracy": float(mean[m]), "ci95": interval(draws[m]), "per_seed": per_seed[m].tolist()}
         if defined and m not in ("weak", "ceiling"):
             row["pgr"] = pgr(mean["weak"], mean[m], mean["ceiling"])
             row["pgr_ci95"] = pgr_interval(draws[m] - draws["weak"], gap)
@@ -133,7 +150,6 @@ def summarise(runs: list[dict], methods) -> dict:
                 row[f"minus_{other}"] = {
                     "mean": float(difference.mean()), "ci95": interval(draws[m] - draws[other]),
                     "sign_flip_p": sign_flip(difference), "smallest_p": 2 / 2 ** len(runs)}
-        out[m] = row
     prior = float(np.mean([r["test"]["truth"].mean() for r in runs]))
     return {"methods": out, "supervisor": supervisor_views(runs), "class_prior": prior,
             "majority": max(prior, 1 - prior), "test_items": right.shape[2],
@@ -160,7 +176,7 @@ def table(metrics: dict) -> str:
     for name, r in metrics["methods"].items():
         naive, untouched = r.get("minus_naive", none), r.get("minus_zero-shot", none)
         title = name if r["attainable"] else name + " *"
-        lines.append(f"{title:15}{r['accuracy']:8.3f}  {span(r['ci95']):15}{shown(r['pgr'], '.2f'):>5}  "
+        lines.append(f"{title:15}{shown(r['accuracy'], '.3f'):>8}  {span(r['ci95']):15}{shown(r['pgr'], '.2f'):>5}  "
                      f"{span(r['pgr_ci95']):16}{shown(naive['mean'], '+.3f'):>7}  {span(naive['ci95']):16}"
                      f"{shown(untouched['mean'], '+.3f'):>11}{shown(r['label_accuracy'], '.3f'):>7}"
                      f"{r['ground_truth_labels']:>6}")
@@ -178,8 +194,8 @@ def remarks(metrics: dict) -> list[str]:
     if "oracle" in metrics["methods"]:
         lines[0] += "; * knows the hidden truth: not attainable"
     view = metrics["supervisor"]
-    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, cross-fitted; "
-                 f"{view['actual']:.3f} on D_u")
+    made = "cross-fitted" if view["trained"] else "labels as they came"
+    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, {made}; {view['actual']:.3f} on D_u")
     if abs(view["standard_errors"]) > 3:
         lines.append(f"WARNING: these differ by {abs(view['standard_errors']):.1f} standard errors: what was "
                      "chosen on D_l was chosen for another supervisor; use more --folds")

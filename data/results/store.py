@@ -1,4 +1,5 @@
-"""A run on disk: result.json, items.npz and labels.jsonl, written whole, read again, several made one."""
+"""A run on disk: what is kept of a seed; result.json, items.npz and labels.jsonl, written whole, read again,
+several made one."""
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import torch
 from data import DataError
 from data.cache import digest
 from data.jsonl import TEXTS, label_rows
+from data.results.metrics import accuracy, hidden_truth, own_right
 from data.results.report import diagnose, summarise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,6 +26,57 @@ def sources() -> dict[str, str]:
     """SHA-256 of every source file of the program."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/results/*.py")])
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def part_arrays(config, part, known: dict, students: dict) -> dict[str, np.ndarray]:
+    """A part (selw2s.Part) as items.npz has it; here metrics may read the hidden truth. known: P(IK) by
+    router, students: P(y = 1) by method."""
+    arrays = {"truth": hidden_truth(part), "own": part.own, "own_p": part.belief.amax(1).float(),
+              "own_right": own_right(config, part), "p_ik": known[config.route],
+              **{f"p_ik/{router}": p for router, p in known.items()},
+              **{f"p/{method}": p for method, p in students.items()}}
+    return {"id": np.array([item.id for item in part.items]),
+            "group": np.array([q.group for q in part.questions]),
+            **{name: x.numpy() for name, x in arrays.items()}}
+
+
+OF_WEAK = ("weak", "naive", "logconf", "product", "confidence-only", "ensemble", "raven", "two-stage", "debate",
+           "chain")     # what knows the weak labels alone: of no truth, if they came with the task's file
+
+
+def truth_used(setup, prep) -> dict[str, int]:
+    """Ground-truth labels that a method used; those not named here: all of D_l."""
+    n_l, n_u, shots = len(prep.labelled.items), len(prep.transfer.items), setup.config.shots
+    used = dict.fromkeys(OF_WEAK, n_l if setup.weak else 0)
+    return used | {"ceiling": n_u, "self-only": shots, "zero-shot": shots, "oracle": n_l + n_u,
+                   "label-model": n_l if setup.weak else shots}
+
+
+def record(setup, prep, known: dict, s, done: dict, supervisors: list[str], homophily: float) -> dict:
+    """One seed's arrays and choices, as named in items.npz and result.json. Of selw2s: setup: Setup, prep:
+    Prepared, known: Known by router, s: Selected, done: Predictions by method."""
+    config, u = setup.config, prep.transfer
+    transfer = part_arrays(config, u, {name: k.transfer for name, k in known.items()},
+                           {method: out.transfer for method, out in done.items()})
+    test = part_arrays(config, prep.test, {name: k.test for name, k in known.items()},
+                       {method: out.test for method, out in done.items()})
+    transfer |= {name: x.numpy() for name, x in {
+        "weak": u.weak, "tau": s.tau, "is_self": s.is_self, "refined": s.refined,
+        "smoothed_weak": s.smoothed_weak,
+        **{f"weak/{i}": labels for i, labels in enumerate(prep.weak.every)},
+        **{f"label/{method}": out.labels for method, out in done.items() if out.labels is not None}}.items()}
+    return {"seed": prep.seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule,
+            "layer": known[config.route].layer, "l2": known[config.route].probe.l2,
+            "supervisors": supervisors, "trained": len(setup.weak) > 0,
+            "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
+            "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
+            "homophily": homophily, "truth_used": truth_used(setup, prep),
+            "weights": {method: out.weights for method, out in done.items()},
+            "n": {name: len(getattr(prep, name).items) for name in ("labelled", "transfer", "test")},
+            "transfer": transfer, "test": test,
+            "texts": {"question_id": [item.question_id for item in u.items],
+                      "text": [item.text for item in u.items],
+                      "candidate": [q.options[item.option] for item, q in zip(u.items, u.questions)]}}
 
 
 def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -> dict:
@@ -36,7 +89,7 @@ def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},
         "models": {name: {"sha256": model.sha256, "revision": model.network.revision, "lr": model.lr}
-                   for name, model in (("weak", setup.weak), ("strong", setup.strong))},
+                   for name, model in setup.models().items()},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                 "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
         "stages": stages.log, "seconds": round(seconds, 2), **measured(runs, config.methods),
@@ -65,15 +118,10 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     np.savez_compressed(items, **arrays)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "items.npz", items.getvalue())
-    lines = [json.dumps(row) + "\n" for r in runs for row in label_rows(r, supervisor(result))]
+    lines = [json.dumps(row) + "\n" for r in runs for row in label_rows(r)]
     replace_file(folder / "labels.jsonl", "".join(lines).encode())
     replace_file(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
     return folder
-
-
-def supervisor(result: dict) -> str:
-    """The weak model's name: the last part of its directory or hub id."""
-    return Path(result["config"]["weak"] or "weak").resolve().name
 
 
 def read_run(path: str) -> tuple[dict, list[dict]]:

@@ -79,16 +79,16 @@ def mean_sizes(tokenizer, questions: list[Question]) -> tuple[Size, Size]:
 
 EXTRA = {       # students that an analysis trains per seed beside those of --methods
     "cross-task": {"selective": 9}, "difficulty": {"selective": 3},
-    "sweep": {"route-only": 9, "graph-only": 19}, "": {}}
+    "sweep": {"route-only": 9, "graph-only": 19}, "representation": {}, "": {}}
 
 
 def ahead(setup) -> dict[str, tuple[str, float, int]]:
     """{stage: (kind, operations, times)} of a run; setup: selw2s.Setup. Not foreseen: what cross-task
-    prepares of other tasks, and the naive student of chain where naive is not among the methods."""
-    config, seeds, weak, strong = setup.config, len(setup.config.seeds), setup.weak, setup.strong
+    prepares of other tasks, debate's supervisors, and the naive student of chain where naive is not among the
+    methods."""
+    config, seeds, strong = setup.config, len(setup.config.seeds), setup.strong
     n_half, n_test = len(setup.task.train) / 2, len(setup.task.test)
     parts = (setup.task.train, setup.task.test)
-    (w_train, _), (w_test, _) = (mean_sizes(weak.tokenizer, part) for part in parts)
     (s_train, q_train), (s_test, q_test) = (mean_sizes(strong.tokenizer, part) for part in parts)
     if config.student == "answer":
         s_train, s_test = q_train, q_test
@@ -97,11 +97,15 @@ def ahead(setup) -> dict[str, tuple[str, float, int]]:
     def trained(model, item, test, learn, asked):
         return (finetuning(model.network, item.times(learn), checkpoint=model.large, **settings)
                 + reading(model.network, item.times(asked)) + reading(model.network, test))
-    out = {"weak": ("finetune weak", trained(weak, w_train, w_test.times(n_test), n_half, n_half), seeds)}
-    one, none = 1 / config.folds, Size(0, 0)
-    for f in range(config.folds):
-        work = trained(weak, w_train, none, n_half * (1 - one), n_half * (1 + one))
-        out[f"cross-{f}"] = ("finetune weak", work, seeds)
+    out, one, none = {}, 1 / config.folds, Size(0, 0)
+    for i, weak in enumerate(setup.weak):
+        (w_train, _), (w_test, _) = (mean_sizes(weak.tokenizer, part) for part in parts)
+        work = trained(weak, w_train, w_test.times(n_test), n_half, n_half)
+        for number in range(i * config.weak_seeds, (i + 1) * config.weak_seeds):
+            out["weak" if number == 0 else f"weak {number + 1}"] = ("finetune weak", work, seeds)
+        for f in range(config.folds if i == 0 else 0):
+            work = trained(weak, w_train, none, n_half * (1 - one), n_half * (1 + one))
+            out[f"cross-{f}"] = ("finetune weak", work, seeds)
     for name, q, n in (("labelled", q_train, n_half), ("transfer", q_train, n_half),
                        ("test", q_test, n_test)):
         whole = q._replace(tokens=q.tokens + config.shots * s_train.tokens).times(n)
@@ -116,4 +120,6 @@ def ahead(setup) -> dict[str, tuple[str, float, int]]:
     for method in set(config.methods) - {"weak", "zero-shot"} | set(EXTRA[config.analysis]):
         times = (method in config.methods) + EXTRA[config.analysis].get(method, 0)
         out[method] = ("finetune strong", shorter if method == "confidence-only" else student, seeds * times)
+    if "two-stage" in config.methods:
+        out["two-stage first"] = ("finetune strong", shorter, seeds)
     return out
