@@ -239,7 +239,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import (DEMO, DataError, Item, Question, column_of, columns_shown, completion, deal, fit, halves,
+from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit, halves,
                   items, judged, load_task, options_of, prompt, unconditional)
 from data.cache import Stages, digest
 from data.results.figures import figures
@@ -302,7 +302,7 @@ class Outcome(NamedTuple):
 class Setup(NamedTuple):
     """What all steps of a run share."""
     config: Config
-    task: object        # data.Task, as all models can read it
+    task: Task          # as all models can read it
     weak: tuple[Pretrained, ...]        # none where the task's file brings weak labels
     strong: Pretrained
     stages: Stages      # finished ones on disk; tells of the others
@@ -1209,13 +1209,13 @@ def one_seed(setup: Setup, seed: int) -> dict:
     return record(setup, prep, routers, s, done, supervisor_names(setup), homophily(transfer, s.chosen_alone))
 
 
-def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
-    """The task as both models can read it, and how many of its questions had to be changed for that [D11]."""
+def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[Task, dict]:
+    """The task as all models can read it, and how many of its questions had to be changed for that [D11]."""
     room = min(1024, *(model.network.config.context for model in models))
     task, counts = fit(task, [model.tokenizer.encode for model in models], room,
                        apart=config.protocol == "paper", limit=config.limit)
     line = f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions"
-    if task.name in DEMO:
+    if config.task in DEMO:
         line += " (synthetic world, see data/world.py)"
     if task.repeated:
         line += f"; {task.repeated} option(s) repeat another of their question and count once"
@@ -1227,15 +1227,23 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple:
     return task, counts
 
 
-def check_supervisors(config: Config, task, weak: int) -> None:
-    """DataError if nobody labels D_u, or the transcripts of the task's file are not one per supervisor."""
-    train = task.train[0]
-    if not weak and not train.weak:
+def set_up(config: Config, tell) -> tuple[Setup, dict]:
+    """Task and models loaded, and how many questions had to be changed; DataError if nobody labels D_u, or
+    transcripts are not one per supervisor."""
+    task, sources = load_task(config.task, data_dir=config.data_dir or None), config.weak
+    if config.task in DEMO and not sources:
+        sources = (str(HERE / "data/demo/weak"),)
+    if not sources and not task.train[0].weak:
         raise DataError(f'--task {config.task} needs --weak MODEL, or "weak" labels on its lines')
-    read, trained = len(train.transcripts), weak * config.weak_seeds
-    if "debate" in config.methods and read and read != trained:
-        raise DataError(f"--methods debate: {config.task} has {read} transcripts a question for {trained} "
+    heard, trained = len(task.train[0].transcripts), len(sources) * config.weak_seeds
+    if "debate" in config.methods and heard and heard != trained:
+        raise DataError(f"--methods debate: {config.task} has {heard} transcripts a question for {trained} "
                         "supervisors: give as many, --weak A B C or --weak-seeds K")
+    weak = tuple(pretrained(source, False, config) for source in sources)
+    strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
+    strong.network.check_head()
+    task, counts = fitted(task, (*weak, strong), config, tell)
+    return Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device)), counts
 
 
 def run(config: Config) -> dict:
@@ -1252,16 +1260,7 @@ def run(config: Config) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     print(described(config))
-    task = load_task(config.task, data_dir=config.data_dir or None)
-    sources = config.weak
-    if task.name in DEMO and not sources:
-        sources = (str(HERE / "data/demo/weak"),)
-    check_supervisors(config, task, len(sources))
-    weak = tuple(pretrained(source, False, config) for source in sources)
-    strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
-    strong.network.check_head()
-    task, counts = fitted(task, (*weak, strong), config, tell)
-    setup = Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device))
+    setup, counts = set_up(config, tell)
     setup.stages.progress.ahead = ahead(setup)
     runs = [one_seed(setup, seed) for seed in config.seeds]
     analysis = None

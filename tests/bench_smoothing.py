@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import selw2s
-from data import load_task
-from data.cache import Stages
 from data.results.metrics import accuracy
 
 
@@ -68,19 +66,14 @@ def measure(prep, config) -> dict:
 
 def main() -> None:
     config = selw2s.parse()
-    task = load_task(config.task, data_dir=config.data_dir or None)
-    models = [selw2s.pretrained(source or str(ROOT / "data/demo" / name), False, config)
-              for name, source in (("weak", config.weak), ("strong", config.strong))]
-    task, _ = selw2s.fitted(task, models, config, print)
-    stages, rows = Stages(Path(config.out) / "cache", print, config.device), []
-    setup = selw2s.Setup(config, task, *models, stages)
+    (setup, _), rows = selw2s.set_up(config, print), []
     for seed in config.seeds:
         prep = selw2s.prepare(setup, seed)
-        rows.append({"task": task.name, "seed": seed, "folds": config.folds, **measure(prep, config)})
+        rows.append({"task": setup.task.name, "seed": seed, "folds": config.folds, **measure(prep, config)})
         print(json.dumps(rows[-1]), flush=True)
     views = [key for key in rows[0] if key not in ("task", "seed", "folds")]
     means = [f"{view} {sum(row[view]['accuracy'] for row in rows) / len(rows):.3f}" for view in views]
-    print(f"{task.name}: {', '.join(means)}")
+    print(f"{setup.task.name}: {', '.join(means)}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
         names = np.array([f"q{i}/0" for i in range(n)])
         test = {"id": names, "group": names, "truth": truth, **p}
         return {"test": test, "transfer": {"truth": truth, "weak": truth}, "truth_used": {"ceiling": 7},
-                "cross_fitted": 0.9, "n": {"labelled": 5, "transfer": n},
+                "cross_fitted": 0.9, "trained": True, "n": {"labelled": 5, "transfer": n},
                 "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
     small = r.summarise([fake(0.70, 0.702, 0.703)], methods)
@@ -121,7 +121,7 @@ def test_seeds_are_joined_by_question():
                 "truth": y[list(order)], "p/weak": p[list(order)]}
         half = {"weak": np.ones(4), "truth": np.ones(4)}
         runs.append({"test": test, "transfer": half, "truth_used": {}, "n": {"labelled": 5, "transfer": 4},
-                     "cross_fitted": 0.9,
+                     "cross_fitted": 0.9, "trained": True,
                      "weights": {"weak": ""}})
     one, two = r.summarise(runs[:1], ("weak",)), r.summarise(runs, ("weak",))
     assert one["methods"]["weak"]["ci95"] == two["methods"]["weak"]["ci95"]     # the second seed adds nothing
@@ -299,7 +299,9 @@ def part(n, seed=0, fold=True):
 def prepared(n=50, m=40):
     labelled = part(n)
     by_fold = torch.rand(5, m, generator=torch.Generator().manual_seed(7))
-    return s.Prepared(0, labelled, labelled, part(m, 1, fold=False), part(m, 2, fold=False), "w", by_fold)
+    transfer, test = part(m, 1, fold=False), part(m, 2, fold=False)
+    weak = s.Supervised(labelled.weak, transfer.weak, test.weak, "w", by_fold, transfer.weak[None])
+    return s.Prepared(0, labelled, labelled, transfer, test, weak)
 
 
 def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
@@ -538,7 +540,7 @@ def test_every_router_is_diagnosed():
 def test_the_two_views_of_the_supervisor_are_compared():
     def run(seen, real, n=1000):
         weak = np.r_[np.ones(round(real * n)), np.zeros(n - round(real * n))]
-        return {"cross_fitted": seen, "n": {"labelled": n, "transfer": n},
+        return {"cross_fitted": seen, "trained": True, "n": {"labelled": n, "transfer": n},
                 "transfer": {"weak": weak, "truth": np.ones(n)}}
     view = r.supervisor_views([run(0.537, 0.731)])
     assert view["cross_fitted"] == 0.537 and view["actual"] == pytest.approx(0.731)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import DEMO
 from data.results.metrics import mean_of
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
@@ -19,7 +20,7 @@ def figures(folder) -> list[str]:
     folder = Path(folder)
     result = json.loads((folder / "result.json").read_text("utf-8"))
     n, seeds = result["metrics"]["test_items"], result["config"]["seeds"]
-    world = "synthetic demo world, " if result["data"]["name"].startswith("demo") else ""
+    world = "synthetic demo world, " if result["config"]["task"] in DEMO else ""
     caption = (f"{result['data']['name']}: {world}{n:,} test items, seeds {' '.join(map(str, seeds))}\n"
                f"{result['command']}")
     drawn = {"main.svg": draw_main, "p_ik.svg": draw_p_ik, "labels.svg": draw_labels}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import DEMO
 from data.jsonl import label_rows
 from data.results.metrics import mean_of
 from data.results.report import remarks, shown, span
@@ -26,7 +27,7 @@ def write_page(folder: Path, result: dict, runs: list[dict], drawn: list[str]) -
     metrics, seeds = result["metrics"], [run["seed"] for run in runs]
     figures = {name: figure_html(folder / name) for name in drawn}
     n = f"{metrics['test_items']:,} test items x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    world = "synthetic demo world, " if result["data"]["name"].startswith("demo") else ""
+    world = "synthetic demo world, " if result["config"]["task"] in DEMO else ""
     title = f"{result['data']['name']}: {world}{n}"
     parts = {"TITLE": html.escape(title), "COMMAND": html.escape(result["command"]),
              "CAPTION": f"accuracy: n = {n}; labels: n = {len(items):,} items of D_u, all seeds",
