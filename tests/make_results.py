@@ -30,14 +30,18 @@ RESULTS = ROOT / "data/results"
 TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")
 SEEDS = ("--seeds", "0", "1", "2", "3", "4", "5")
 FIGURES = ("main.svg", "p_ik.svg", "labels.svg", "pipeline.svg")
+KINDS = (("cross-task", "demo-sciq"), ("difficulty", "demo-sciq"), ("sweep", "demo-sciq"),
+         ("sweep", "demo-cosmosqa"))    # on demo-boolq there is nothing to smooth
+TWO = ("--weak", "data/demo/weak", "data/demo/strong")
 REFERENCE = {       # folder in data/results: flags of the run, files kept of it
     "demo": ((), ("result.json",)),
-    **{task: (("--task", task, "--methods", "all", *SEEDS), ("result.json", "items.npz", *FIGURES))
-       for task in TASKS},
+    **{task: (("--task", task, "--methods", "all", "--weak-seeds", "3", *SEEDS),
+              ("result.json", "items.npz", *FIGURES)) for task in TASKS},
     **{f"{kind}{task.removeprefix('demo')}": (
         ("--task", task, "--methods", "naive", *SEEDS, "--analysis", kind), ("result.json", "analysis.svg"))
-       for kind, task in (("cross-task", "demo-sciq"), ("difficulty", "demo-sciq"), ("sweep", "demo-sciq"),
-                          ("sweep", "demo-cosmosqa"))}}     # on demo-boolq there is nothing to smooth
+       for kind, task in KINDS},
+    "representation-sciq": (("--task", "demo-sciq", *TWO, "--methods", "naive", *SEEDS, "--analysis",
+                             "representation"), ("result.json", "analysis.svg"))}
 PAIR = ("--weak", "pair/smollm2-135m", "--strong", "pair/gemma-3-270m")
 STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
             "selective", "fused")
@@ -149,25 +153,29 @@ def seconds(result: dict) -> float:
 
 
 def main_table(names) -> str:
-    """One row per run: the methods that the claim is about."""
+    """One row per run: the methods that the claim is about. A demo's says that it is synthetic."""
     head = ["run", "weak", "**zero-shot**", "naive", "**selective**", "fused", "ceiling", "selective - naive",
             "selective - zero-shot", "PGR naive", "PGR selective", "test items x seeds", "minutes"]
-    lines, commands = [row_of(head), "|---" * len(head) + "|"], []
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for name in names:
         result = kept(name)
         if result is None:
-            flags = " ".join((REFERENCE | REAL)[name][0])
             lines.append(row_of([name, "not measured", *[""] * (len(head) - 2)]))
-            commands.append(f"    python selw2s.py {flags}")
             continue
         cells = [cell(result, m) for m in ("weak", "zero-shot", "naive", "selective", "fused", "ceiling")]
         cells += [difference(result, "selective", other) for other in ("naive", "zero-shot")]
         cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "selective")]
         cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
                   f"{seconds(result) / 60:.1f}"]
-        lines.append(row_of([f"[{name}](data/results/{name}/result.json)", *cells]))
-        commands.append(f"    {result['command']}")
-    return "\n".join(lines) + "\n\nmade by\n\n" + "\n".join(commands)
+        world = " (synthetic)" if name in TASKS else ""
+        lines.append(row_of([f"[{name}](data/results/{name}/result.json){world}", *cells]))
+    return "\n".join(lines)
+
+
+def commands(names) -> str:
+    """What made each run, or would."""
+    flags = [(REFERENCE | REAL)[name][0] for name in names]
+    return "\n".join("    " + " ".join(("python selw2s.py", *these)) for these in flags)
 
 
 def methods_table(names) -> str:
@@ -197,8 +205,12 @@ def methods_table(names) -> str:
     lines.append(row("own label used on D_u", mean(lambda d: d["coverage"])))
     sources = [r["seeds"][0]["diagnostics"]["label_accuracy"] for r in runs.values()]
     for key in dict.fromkeys(key for source in sources for key in source):
-        title = f"labels right: {key.removeprefix('label/').replace('_', ' ')}"
-        lines.append(row(title + ("'s" if "/" in key else ""), lambda r, k=key: label_cell(r, k)))
+        title = key.replace("_", " ")
+        if key.startswith("label/"):
+            title = f"{key.removeprefix('label/')}'s"
+        if key.startswith("weak/"):
+            title = f"supervisor {int(key.removeprefix('weak/')) + 1}"
+        lines.append(row(f"labels right: {title}", lambda r, k=key: label_cell(r, k)))
     lines.append(row("supervisor right on D_l, cross-fitted",
                      lambda r: f"{r['metrics']['supervisor']['cross_fitted']:.3f}"))
     return "\n".join(lines)
@@ -233,6 +245,17 @@ def analysis_table(_: str) -> str:
     for name, rows in hard["analysis"].items():
         cells = means(rows, "auroc_on_easy", "auroc_on_hard", "accuracy")
         lines.append(row_of([name.removeprefix("trained on ") + " items of D_l", *cells]))
+    return "\n".join(lines)
+
+
+def representation_table(_: str) -> str:
+    """What each weak model's states lack, and what that predicts."""
+    result = kept("representation-sciq")
+    head = ("weak model of demo-sciq", "norm of P_s (I - P_w)", "predicted error", "measured error",
+            "its labels of D_u right", "its student on test")
+    lines, keys = [row_of(head), "|---" * 6 + "|"], ("norm", "predicted_error", "error", "label_accuracy", "accuracy")
+    for name, rows in result["analysis"].items():
+        lines.append(row_of([name, *(f"{mean_of(rows, key):.3f}" for key in keys)]))
     return "\n".join(lines)
 
 
@@ -316,10 +339,10 @@ def finding(_: str) -> str:
     return "On real data: not measured yet (`python tests/make_results.py --run sciq-answer`)."
 
 
-PARTS = {"finding": finding, "demo": lambda _: main_table(TASKS), "real": lambda _: main_table(REAL),
-         "output": demo_table,
+PARTS = {"finding": finding, "results": lambda _: main_table([*REAL, *TASKS]), "output": demo_table,
+         "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
-         "analysis": analysis_table, "smoothing": smoothing_table, "choice": choice_table,
+         "analysis": analysis_table, "representation": representation_table, "smoothing": smoothing_table, "choice": choice_table,
          "decisions": decisions_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
