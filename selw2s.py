@@ -84,8 +84,8 @@ class Config:
     epochs: int = flag(2, "passes over the training items", metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
-    analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; what "
-                             "the weak representation lacks",
+    analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; "
+                             "what weak models' states lack",
                          choices=("cross-task", "difficulty", "sweep", "representation"))
     difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
                            choices=("weak", "strong"))
@@ -176,7 +176,8 @@ def parser() -> argparse.ArgumentParser:
     def error(text):        # without argparse's lines of usage
         out.exit(2, f"selw2s.py: error: {' '.join(text.split())}\n")
     out = argparse.ArgumentParser(
-        prog="selw2s.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=layout,
+        prog="selw2s.py", usage="python selw2s.py [--FLAG VALUE] ...", allow_abbrev=False, epilog=EXAMPLES,
+        formatter_class=layout,
         description="Selective weak-to-strong generalization: finetune a strong model on a weak model's "
                     "labels, on its own\n"
                     "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
@@ -239,8 +240,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit, halves,
-                  items, judged, load_task, options_of, prompt, unconditional)
+from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit,
+                  halves, items, judged, load_task, options_of, prompt, unconditional)
 from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option
@@ -442,26 +443,26 @@ def supervisor_names(setup: Setup) -> list[str]:
             for i, name in enumerate(names)]
 
 
-def trained_labels(setup: Setup, number: int, parts, seed: int, read: Callable) -> Outcome:
-    """Supervisor `number`, finetuned on D_l's truth, labels D_u and test (Outcome.p).
+def trained_labels(name: str, setup: Setup, number: int, parts, seed: int, read: Callable) -> Outcome:
+    """Supervisor `number`, finetuned on D_l's truth, labels D_u and test (Outcome.p); a stage of that name.
 
     parts: labelled, transfer, test, lists of items; read(item): the text it is given of an item."""
     model, order = supervisors(setup)[number]
     labelled, transfer, test = (model.tokenizer.encode([read(item) for item in part]) for part in parts)
     truth = torch.tensor([float(item.label) for item in parts[0]])
-    name = "weak" if number == 0 else f"weak {number + 1}"
     return finetuned(name, setup, model, labelled, truth, [transfer, test], seed + 1000 * order)
 
 
 def given_labels(setup: Setup, part: list[Item], question: dict[str, Question]) -> Tensor:
     """(G, n) P(y = 1) by the G supervisors of the task's file; NaN where one abstains, or says nothing of
     test."""
-    out = []
-    for name, _ in setup.task.train[0].weak:
-        said = [(dict(question[item.question_id].weak).get(name), question[item.question_id], item)
-                for item in part]
-        out.append([p[column_of(q.options, item.option)] if p else float("nan") for p, q, item in said])
-    return torch.tensor(out).reshape(len(out), len(part))
+    def said(name, item):
+        q = question[item.question_id]
+        p = dict(q.weak).get(name)
+        return p[column_of(q.options, item.option)] if p else float("nan")
+    names = [name for name, _ in setup.task.train[0].weak]
+    labels = torch.tensor([[said(name, item) for item in part] for name in names])
+    return labels.reshape(len(names), len(part))        # of no supervisor too
 
 
 def first_said(labels: Tensor) -> Tensor:
@@ -473,8 +474,9 @@ def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     """2. Finetune every weak model on D_l's ground truth; it labels D_u and test. For each fold of D_l the
     first one once more, trained on the other folds, labels that fold, and D_u too [D16]."""
     given = [given_labels(setup, part, parts.question) for part in parts[:3]]
-    trained = [trained_labels(setup, number, parts[:3], seed, lambda item: item.text)
-               for number in range(len(supervisors(setup)))]
+    names = ["weak", *(f"weak {i + 1}" for i in range(1, len(supervisors(setup))))][:len(supervisors(setup))]
+    trained = [trained_labels(name, setup, i, parts[:3], seed, lambda item: item.text)
+               for i, name in enumerate(names)]
     transfer, test = (torch.cat([out.p[i][None] for out in trained] + [given[i + 1]]) for i in range(2))
     truth, folds = torch.tensor([float(item.label) for item in parts.labelled]), setup.config.folds
     weak = first_said(transfer)
@@ -540,7 +542,7 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
 
 
 def item_states(setup: Setup, start: Pretrained, part: Part) -> Tensor:
-    """(n, C) hidden states of a pretrained model, after its final norm, where the items' texts end; a stage."""
+    """(n, C) hidden states of a pretrained model, after the final norm, where items' texts end; a stage."""
     sequences = start.tokenizer.encode([item.text for item in part.items])
     depends = (start.sha256, setup.config.dtype, setup.config.device, sequences)
 
@@ -968,7 +970,7 @@ def homophily(transfer: Part, chosen: Smoothing) -> float:
 # ------------------------------------------------------------------------------------------------ 7. Students
 class Labels(NamedTuple):
     """What a student is trained on."""
-    targets: Tensor             # (n_u,) P(y = 1) of D_u's items, NaN: left out; (n_u, S) for a rule of several
+    targets: Tensor             # (n_u,) P(y = 1) of D_u's items, NaN: left out; (n_u, S) for raven's rule
     rule: object = None         # of a step's targets (model.finetune's target_fn)
 
 
@@ -1002,7 +1004,8 @@ def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
     """7. The pretrained strong model finetuned on one label set, of D_u or, strong-on-D_l, of D_l."""
     transfer, ask = prep.transfer, [prep.transfer.inputs, prep.test.inputs]
     if method == "strong-on-D_l":
-        out = finetuned(method, setup, setup.strong, prep.labelled.inputs, prep.labelled.truth, ask, prep.seed)
+        labelled = prep.labelled
+        out = finetuned(method, setup, setup.strong, labelled.inputs, labelled.truth, ask, prep.seed)
         return Predictions(None, *out.p, out.weights)
     targets, rule = labels_of(method, setup, prep, known, s)
     labels = targets if targets.ndim == 1 else targets.nanmean(1)
@@ -1169,11 +1172,11 @@ def debate(setup: Setup, prep: Prepared) -> Tensor:
     question = {q.id: q for q in setup.task.train + setup.task.test}
     parts = [part.items for part in (prep.labelled, prep.transfer, prep.test)]
     out = prep.weak.every.clone()
-    for number in range(len(supervisors(setup))):
+    for i in range(len(supervisors(setup))):
         def read(item):
-            heard = question[item.question_id].transcripts[number:number + 1]
+            heard = question[item.question_id].transcripts[i:i + 1]
             return "\n".join([*heard, item.text])
-        out[number] = trained_labels(setup, number, parts, prep.seed, read).p[0]
+        out[i] = trained_labels(f"debate {i + 1}", setup, i, parts, prep.seed, read).p[0]
     return out
 
 

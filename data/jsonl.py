@@ -9,9 +9,9 @@ the place of the first; yes and no, in any order or case, make a yes/no question
 it is given; else questions on one context form a group, or, without a context, those of one wording and the
 same options, in any order. "split" stands on every line or on none; then the groups, in the order of their
 names' SHA-256, fill the test set until it has a fifth of the questions. "weak" is the probability of every
-option, [0.1, 0.9], or of several supervisors by name, {"ann": [0, 1], "bob": null}: a vote is 0 and 1, null is
-who abstains. Every training question has the same supervisors, one of whom labels it; a test question has them
-or none. Every error names file and line.
+option, [0.1, 0.9], or of several supervisors by name, {"ann": [0, 1], "bob": null}: a vote is 0 and 1, null
+is who abstains. Every training question has the same supervisors, one of whom labels it; a test question has
+them or none. Every error names file and line.
 """
 import hashlib
 import json
@@ -130,7 +130,8 @@ def _differs(question: Question, split: str, first: Question) -> str:
     are."""
     names, others = ({name for name, _ in q.weak} for q in (question, first))
     if names != others and (names or split == "train"):
-        return f'"weak" by {", ".join(sorted(names)) or "nobody"}, not by {", ".join(sorted(others)) or "nobody"}'
+        mine, theirs = (", ".join(sorted(some)) or "nobody" for some in (names, others))
+        return f'"weak" by {mine}, not by {theirs}'
     if names and split == "train" and all(p is None for _, p in question.weak):
         return '"weak" by nobody: one supervisor must label a training question'
     if len(question.transcripts) != len(first.transcripts):
@@ -176,7 +177,7 @@ def load(path: str) -> Task:
     first = next((q for q, s in zip(questions, splits) if s == "train"), None)
     for q, split in zip(questions, splits):
         if first and (fault := _differs(q, split, first)):
-            raise DataError(f"{path}:{lines[q.id]}: {fault} (line {lines[first.id]} is the first of training)")
+            raise DataError(f"{path}:{lines[q.id]}: {fault}; line {lines[first.id]} is the first of training")
     train, test = ([q for q, s in zip(questions, splits) if s == part] for part in ("train", "test"))
     return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}",
                 repeated)

@@ -30,6 +30,12 @@ def shared():
     return SHARED
 
 
+def same_bits(a: dict, b: dict) -> bool:
+    """Whether two dictionaries hold the same arrays, NaN for NaN."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes() for name in a)
+
+
 def write_llama(folder: Path, width: int, layers: int, vocab: int, seed: int):
     """A llama checkpoint with random weights, in Hugging Face layout, without transformers."""
     import json

@@ -253,7 +253,8 @@ def representation_table(_: str) -> str:
     result = kept("representation-sciq")
     head = ("weak model of demo-sciq", "norm of P_s (I - P_w)", "predicted error", "measured error",
             "its labels of D_u right", "its student on test")
-    lines, keys = [row_of(head), "|---" * 6 + "|"], ("norm", "predicted_error", "error", "label_accuracy", "accuracy")
+    keys = ("norm", "predicted_error", "error", "label_accuracy", "accuracy")
+    lines = [row_of(head), "|---" * 6 + "|"]
     for name, rows in result["analysis"].items():
         lines.append(row_of([name, *(f"{mean_of(rows, key):.3f}" for key in keys)]))
     return "\n".join(lines)
@@ -342,7 +343,8 @@ def finding(_: str) -> str:
 PARTS = {"finding": finding, "results": lambda _: main_table([*REAL, *TASKS]), "output": demo_table,
          "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
-         "analysis": analysis_table, "representation": representation_table, "smoothing": smoothing_table, "choice": choice_table,
+         "analysis": analysis_table, "representation": representation_table,
+         "smoothing": smoothing_table, "choice": choice_table,
          "decisions": decisions_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 

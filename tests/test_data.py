@@ -534,7 +534,7 @@ def test_own_file_with_options_that_repeat(tmp_path):
     found = [by_id[f"line{i + 1}"] for i in range(8)]
     assert {q.options for q in found[:6]} == {("a", "b ", "c")}
     assert [q.answer for q in found[:6]] == [0, 1, 1, 2, 0, 1]
-    assert found[6][4:] == (YES_NO, 0) and found[7][2:] == ("", "number 7?", ("a", "A", "a."), 1)
+    assert found[6][4:6] == (YES_NO, 0) and found[7][2:6] == ("", "number 7?", ("a", "A", "a."), 1)
     assert len(by_id) == 60 and task.repeated == 6 * 2 + 1
 
 

@@ -112,7 +112,7 @@ COMMANDS = [line.strip() for line in re.findall(r"^    (?:python|python3) .*", R
 
 def test_every_command_of_the_readme_is_understood():
     mine = [command for command in COMMANDS if " selw2s.py " in command and "pip install" not in command]
-    assert len(mine) >= 7
+    assert len(mine) >= 5
     for command in mine:
         selw2s.parse(shlex.split(command.replace("mine.jsonl", "task.jsonl"))[2:])
     installs = [command for command in COMMANDS if "pip install" in command]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import selw2s
-from conftest import ROOT
+from conftest import ROOT, same_bits
 from data.cache import Stages
 from data.results.metrics import own_right, right_option
 from selw2s import METHODS
@@ -138,7 +138,7 @@ def test_second_run_repeats_no_stage_and_says_the_same(full, tiny):
     again = go(tiny, out, "--methods", "all", "--seeds", "0", "1")
     assert all(stage["cached"] for stage in again["stages"]) and comparable(again) == comparable(result)
     after = arrays(again, out)
-    assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
+    assert same_bits(before, after)
     assert len(list(Path(out).glob("*/*/result.json"))) == 1
 
 
@@ -375,7 +375,7 @@ def test_merged_runs_of_single_seeds_give_the_table_of_one_run(full, tiny, tmp_p
     assert both["metrics"] == json.loads(json.dumps(result["metrics"]))
     assert [seed["seed"] for seed in both["seeds"]] == [0, 1] == both["config"]["seeds"]
     a, b = arrays(result, out), arrays(both, tmp_path / "both")
-    assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+    assert same_bits(a, b)
     capsys.readouterr()
     go(tiny, tmp_path / "other", "--methods", "all", "--seeds", "2", "--epochs", "1")
     other = str(next((tmp_path / "other").glob("*/*/result.json")))

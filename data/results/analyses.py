@@ -132,9 +132,9 @@ def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
 
 
 def representation(setup, tasks: dict) -> dict:
-    """Per weak model ||P_s (I - P_w)|| on D_u (arXiv 2502.00620): what the strong model represents and the weak
-    one does not; the error that this predicts of a student of the weak labels against the ceiling; and that
-    error, mean (naive - ceiling)^2 on D_u, of two students that are trained for it."""
+    """Per weak model ||P_s (I - P_w)|| on D_u (arXiv 2502.00620): what the strong model represents and the
+    weak one does not; the error that this predicts of a student of the weak labels against the ceiling; and
+    that error, mean (naive - ceiling)^2 on D_u, of two students that are trained for it."""
     import selw2s
     out = {}
     for seed in setup.config.seeds:
@@ -165,8 +165,8 @@ def projection(states, ridge: float):
 
 
 def lacking(strong, weak, y, ridge: float = 0.1) -> tuple[float, float]:
-    """||P_s (I - P_w)|| and ||P_s (I - P_w) y||^2 / n of states (n, C_s), (n, C_w), labels y (n,), all centred
-    (arXiv 2502.00620; the ridge as in its code)."""
+    """||P_s (I - P_w)|| and ||P_s (I - P_w) y||^2 / n of states (n, C_s), (n, C_w) and labels y (n,), all
+    centred (arXiv 2502.00620; the ridge as in its code)."""
     (U, g), (V, h), y = projection(strong, ridge), projection(weak, ridge), y.double() - y.double().mean()
     C = U.T @ V
     inner = torch.eye(len(g), dtype=g.dtype) - C @ torch.diag(2 * h - h ** 2) @ C.T

@@ -27,8 +27,9 @@ def figures(folder) -> list[str]:
     if "selective" in result["metrics"]["methods"]:
         drawn["pipeline.svg"] = draw_pipeline
     if result["analysis"]:
-        drawn["analysis.svg"] = {"cross-task": draw_cross_task, "difficulty": draw_difficulty,
-                                 "sweep": draw_sweep, "representation": draw_representation}[result["config"]["analysis"]]
+        of_analysis = {"cross-task": draw_cross_task, "difficulty": draw_difficulty, "sweep": draw_sweep,
+                       "representation": draw_representation}
+        drawn["analysis.svg"] = of_analysis[result["config"]["analysis"]]
     for name, draw in drawn.items():
         figure = draw(plt, result)
         figure.text(0.01, 1.01, caption, fontsize=7, color=GREY, ha="left", va="bottom")

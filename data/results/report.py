@@ -176,8 +176,9 @@ def table(metrics: dict) -> str:
     for name, r in metrics["methods"].items():
         naive, untouched = r.get("minus_naive", none), r.get("minus_zero-shot", none)
         title = name if r["attainable"] else name + " *"
-        lines.append(f"{title:15}{shown(r['accuracy'], '.3f'):>8}  {span(r['ci95']):15}{shown(r['pgr'], '.2f'):>5}  "
-                     f"{span(r['pgr_ci95']):16}{shown(naive['mean'], '+.3f'):>7}  {span(naive['ci95']):16}"
+        lines.append(f"{title:15}{shown(r['accuracy'], '.3f'):>8}  {span(r['ci95']):15}"
+                     f"{shown(r['pgr'], '.2f'):>5}  {span(r['pgr_ci95']):16}"
+                     f"{shown(naive['mean'], '+.3f'):>7}  {span(naive['ci95']):16}"
                      f"{shown(untouched['mean'], '+.3f'):>11}{shown(r['label_accuracy'], '.3f'):>7}"
                      f"{r['ground_truth_labels']:>6}")
     return "\n".join([*lines, *remarks(metrics)])
@@ -195,7 +196,8 @@ def remarks(metrics: dict) -> list[str]:
         lines[0] += "; * knows the hidden truth: not attainable"
     view = metrics["supervisor"]
     made = "cross-fitted" if view["trained"] else "labels as they came"
-    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, {made}; {view['actual']:.3f} on D_u")
+    lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, {made}; "
+                 f"{view['actual']:.3f} on D_u")
     if abs(view["standard_errors"]) > 3:
         lines.append(f"WARNING: these differ by {abs(view['standard_errors']):.1f} standard errors: what was "
                      "chosen on D_l was chosen for another supervisor; use more --folds")

@@ -40,8 +40,8 @@ def part_arrays(config, part, known: dict, students: dict) -> dict[str, np.ndarr
             **{name: x.numpy() for name, x in arrays.items()}}
 
 
-OF_WEAK = ("weak", "naive", "logconf", "product", "confidence-only", "ensemble", "raven", "two-stage", "debate",
-           "chain")     # what knows the weak labels alone: of no truth, if they came with the task's file
+OF_WEAK = ("weak", "naive", "logconf", "product", "confidence-only", "ensemble", "raven", "two-stage",
+           "debate", "chain")   # what knows the weak labels alone: of no truth, if they came with a file
 
 
 def truth_used(setup, prep) -> dict[str, int]:
