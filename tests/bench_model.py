@@ -1,12 +1,14 @@
 """Real tokens per second of model.py and of transformers (sdpa, batches of 32 padded to the longest,
-attention mask).
+attention mask), and the share of model.py's time that its matrix products alone would take.
 
-Run: python tests/bench_model.py [--pairs 5] [--threads 2] [--shapes gpt2 llama]
+Run: python tests/bench_model.py [--pairs 5] [--threads 2] [--shapes gpt2 llama pair/gemma-3-270m ...]
                                  [--lengths sciq cosmosqa 24 96]
 Same weights, same process, runs of both in turn; a line gives the medians and the median ratio of the pairs.
 Hidden states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the
-same batches of 32 in the same order, both sides timed from the end of their first step. Lengths are those of
-real items of ../shared/data in GPT-2 tokens, or one number for all.
+same batches of 32 in the same order, both sides timed from the end of their first step. A shape is a random
+model of that shape, or a directory: a real one. Limit: torch.mm on the shapes of every linear layer (not of
+attention), forward, and for finetuning twice backward, over the time of the whole. Lengths are those of real
+items of ../shared/data in GPT-2 tokens, or one number for all.
 `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
 given `--peak` (TFLOP/s). About 15 minutes on two idle cores.
 """
@@ -34,6 +36,7 @@ import model as M  # noqa: E402
 SHARED = ROOT.parent / "shared"
 SHAPES = {
     "gpt2": ("gpt2", dict(n_embd=384, n_layer=6, n_head=6)),
+    "gpt2-small": ("gpt2", dict()),
     "llama": ("llama", dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
                             num_attention_heads=6, num_key_value_heads=6, vocab_size=50257,
                             max_position_embeddings=1024)),
@@ -111,15 +114,53 @@ def timed(work, device, clock) -> float:
     return (ticks[-1] - ticks[1]) if len(ticks) > 1 else now() - ticks[0]
 
 
-def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs):
-    timed(ours, device, clock), timed(theirs, device, clock)
-    seconds = [(timed(theirs, device, clock), timed(ours, device, clock)) for _ in range(count)]
-    a, b = (statistics.median(column) for column in zip(*seconds))
-    ratios = sorted(x / y for x, y in seconds)
+def packs(sequences, budget: int) -> list[int]:
+    """Tokens of every batch that model.py makes of them."""
+    sizes = [len(s) for s in sequences]
+    return [sum(sizes[i] for i in batch) for batch in M.batches(sizes, budget)]
+
+
+def products(net, packs: list[int], backward: bool):
+    """The matrix products of every linear layer on packs of so many tokens, and nothing else."""
+    weights = [w for name, w in net.params.items() if name.startswith("layers.") and w.ndim == 2]
+    most, size = max(packs), {n for w in weights for n in w.shape}
+    x = {n: torch.randn(most, n, device=net.device).to(net.dtype) for n in size}
+    for tokens in packs:
+        for w in weights:
+            out, into = x[w.shape[0]][:tokens], x[w.shape[1]][:tokens]
+            torch.mm(into, w.T)
+            if backward:
+                torch.mm(out, w), torch.mm(out.T, into)
+
+
+def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs, limit):
+    runs = (theirs, ours, lambda tick: limit())
+    for run in runs:
+        timed(run, device, clock)
+    seconds = [[timed(run, device, clock) for run in runs] for _ in range(count)]
+    a, b, _ = (statistics.median(column) for column in zip(*seconds))
+    ratios, limits = sorted(x / y for x, y, _ in seconds), sorted(z / y for _, y, z in seconds)
     used = f", {flops * tokens / b / peak / 1e10:.1f} % of peak" if peak else ""
     print(f"{name:28s} transformers {tokens / a:9.0f}  model.py {tokens / b:9.0f} tokens/s  ratio "
-          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}",
-          flush=True)
+          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}; "
+          f"limit {statistics.median(limits):.2f} ({limits[0]:.2f} to {limits[-1]:.2f})", flush=True)
+
+
+def both(shape: str, a):
+    """model.py's and transformers' model of one shape, same weights."""
+    if shape not in SHAPES:
+        ours, _ = M.load(shape, device=a.device, dtype=getattr(torch, a.dtype))
+        return ours, transformers.AutoModelForCausalLM.from_pretrained(shape, attn_implementation="sdpa")
+    kind, numbers = SHAPES[shape]
+    config = transformers.AutoConfig.for_model(kind, **numbers)
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        net.save_pretrained(folder)
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(folder + "/tokenizer.json")
+        return M.load(folder, device=a.device, dtype=getattr(torch, a.dtype))[0], net
 
 
 def main():
@@ -127,7 +168,8 @@ def main():
     p.add_argument("--pairs", type=int, default=5)
     p.add_argument("--items", type=int, default=256)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--shapes", nargs="+", default=["gpt2", "llama"], choices=SHAPES)
+    p.add_argument("--shapes", nargs="+", default=["gpt2", "llama"],
+                   help=f"of {', '.join(SHAPES)}, or directories of models")
     p.add_argument("--lengths", nargs="+", default=["sciq", "cosmosqa", "24", "96"])
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32")
@@ -142,16 +184,8 @@ def main():
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     for shape in a.shapes:
-        kind, numbers = SHAPES[shape]
-        config = transformers.AutoConfig.for_model(kind, **numbers)
-        for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
-            if hasattr(config, key):
-                setattr(config, key, 0.0)
-        net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        with tempfile.TemporaryDirectory() as folder:
-            net.save_pretrained(folder)
-            Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(folder + "/tokenizer.json")
-            ours, _ = M.load(folder, device=a.device, dtype=getattr(torch, a.dtype))
+        ours, net = both(shape, a)
+        config = net.config
         theirs = Theirs(net.base_model.eval().to(a.device, getattr(torch, a.dtype)), a.fused_adam or None)
         start = copy.deepcopy(theirs.net.state_dict())
         weights = sum(x.numel() for name, x in ours.params.items() if name.startswith("layers"))
@@ -170,12 +204,15 @@ def main():
             pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak,
                   a.device, clock,
                   lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),
-                  lambda tick: theirs.hidden(sequences))
+                  lambda tick: theirs.hidden(sequences),
+                  lambda: products(ours, packs(sequences, a.batch_tokens), False))
             timed_tokens = sum(len(sequences[i]) for rows in order[1:] for i in rows)
             pairs(f"{shape} {length} finetune", a.pairs, timed_tokens, 6 * weights, a.peak, a.device, clock,
                   lambda tick: M.finetune(ours, sequences, targets, lr=1e-6, epochs=1, seed=0,
                                           batch_tokens=a.train_tokens, progress=lambda *_: tick()),
-                  lambda tick: theirs.train(sequences, targets, 0, tick))
+                  lambda tick: theirs.train(sequences, targets, 0, tick),
+                  lambda: products(ours, [n for rows in order[1:] for n in packs(
+                      [sequences[i] for i in rows], a.train_tokens)], True))
 
 
 if __name__ == "__main__":
