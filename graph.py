@@ -40,12 +40,16 @@ TINY = 2.0 ** -1000     # shorter than any row but zero; keeps 0 / 0 away
 #               +                not above the bound by the tiles' error is searched again in float64.
 
 
+class GraphError(ValueError):
+    """An input that no graph can be made of; the message is one line."""
+
+
 def _checked(x, name):
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"knn: {name} must be (N, d) and not empty, got shape {tuple(x.shape)}")
+        raise GraphError(f"knn: {name} must be (N, d) and not empty, got shape {tuple(x.shape)}")
     if x.is_complex() or not all(end.isfinite() for end in x.aminmax()):
-        raise ValueError(f"knn: {name} holds NaN, infinite or complex values")
+        raise GraphError(f"knn: {name} holds NaN, infinite or complex values")
     return x
 
 
@@ -161,7 +165,7 @@ def knn(x, k: int, *, queries=None, block: int | None = None, tile=torch.float32
     Without queries: neighbours of x's own rows, no row its own. With queries (Q, d): of these among the rows
     of x, none excluded; index and similarity are (Q, k). k is cut to the rows there are. A zero row's cosines
     are 0. Ties, of cosines as rounded for the output, go to the lower index. Any real dtype, never modified;
-    similarity float32, float64 for float64 x. ValueError: not (N, d), empty, NaN, infinite, complex, k < 1.
+    similarity float32, float64 for float64 x. GraphError: not (N, d), empty, NaN, infinite, complex, k < 1.
 
     Memory O(N (d + k) + block^2). Neither block (None: 2048 on a CPU, else 16384) nor tile changes a bit;
     tile=torch.bfloat16, or float32 under PyTorch's TF32 switch, is faster where the hardware is. The error
@@ -170,9 +174,9 @@ def knn(x, k: int, *, queries=None, block: int | None = None, tile=torch.float32
     x = _checked(x, "x")
     asked = x if queries is None else _checked(queries, "queries")
     if asked.shape[1] != x.shape[1]:
-        raise ValueError(f"knn: x has {x.shape[1]} columns, queries {asked.shape[1]}")
+        raise GraphError(f"knn: x has {x.shape[1]} columns, queries {asked.shape[1]}")
     if k < 1:
-        raise ValueError(f"knn: k must be at least 1, got {k}")
+        raise GraphError(f"knn: k must be at least 1, got {k}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     k = min(k, len(x) if queries is not None else len(x) - 1)
     if k == 0:                                          # x is a single row
@@ -187,14 +191,14 @@ def affinity(index: Tensor, similarity: Tensor, *, gamma: float = 3.0) -> Tensor
     """W = A + A^T, A_ij = max(0, similarity_ij)^gamma for j among index_i: a mutual pair counts twice.
 
     index, similarity (N, k) as of knn; W sparse CSR (N, N) float64, symmetric, zero diagonal, no zero stored
-    [Iscen et al. 2019]. ValueError: shapes differ, NaN, an index beyond N - 1 (as of separate queries).
+    [Iscen et al. 2019]. GraphError: shapes differ, NaN, an index beyond N - 1 (as of separate queries).
     """
     N = len(index)
     if index.ndim != 2 or index.shape != similarity.shape or N == 0:
         shapes = tuple(index.shape), tuple(similarity.shape)
-        raise ValueError(f"affinity: index and similarity must both be (N, k), got shapes {shapes}")
+        raise GraphError(f"affinity: index and similarity must both be (N, k), got shapes {shapes}")
     if similarity.isnan().any() or (index < 0).any() or (index >= N).any():
-        raise ValueError(f"affinity: similarity holds NaN, or index leaves 0 ... {N - 1}")
+        raise GraphError(f"affinity: similarity holds NaN, or index leaves 0 ... {N - 1}")
     row = torch.arange(N, device=index.device)[:, None].expand_as(index)                # (N, k)
     edge = (similarity > 0) & (index != row)
     ends = torch.stack((row[edge], index[edge]))        # (2, E)
@@ -229,14 +233,14 @@ def propagate(S: Tensor, Y, alpha: float, *, tol: float = 1e-6, max_iter: int = 
     S sparse CSR (N, N), symmetric, as of normalise; Y (N, M), any real dtype. An isolated node, whose row of
     S is zero, keeps its prior: F_i = Y_i. Conjugate gradients in float64 on all columns at once, each until
     residual <= tol: as no eigenvalue of S exceeds 1, no entry of F is then further than tol max|Y| from the
-    exact one. A larger residual is returned and warned of. ValueError: alpha outside [0, 1); Y not (N, M),
+    exact one. A larger residual is returned and warned of. GraphError: alpha outside [0, 1); Y not (N, M),
     empty, NaN, infinite.
     """
     Y = torch.as_tensor(Y).to(S.device, torch.float64)
     if not 0 <= alpha < 1:
-        raise ValueError(f"propagate: alpha must lie in [0, 1), got {alpha}")
+        raise GraphError(f"propagate: alpha must lie in [0, 1), got {alpha}")
     if Y.ndim != 2 or len(Y) != len(S) or 0 in Y.shape or not Y.isfinite().all():
-        raise ValueError(f"propagate: Y must be finite ({len(S)}, M), not empty, got shape {tuple(Y.shape)}")
+        raise GraphError(f"propagate: Y must be finite ({len(S)}, M), not empty, got shape {tuple(Y.shape)}")
     # 64-bit indices would be copied to 32 bits in every product
     crow, col, value = S.crow_indices().int(), S.col_indices().int(), S.values().double()
     S = torch.sparse_csr_tensor(crow, col, value, S.shape, check_invariants=False)

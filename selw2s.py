@@ -2,8 +2,9 @@
 
 A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
 P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. This file
-reads in that order: Config and command line, steps 1 to 8 in the paper's order, and last run(), which calls
-them. model.py is the network, graph.py the graph, data/ the questions, data/results/ the numbers.
+reads in that order: Config and command line, steps 1 to 7 in the paper's order, the related systems' labels,
+and last run(), which calls them and reports, step 8. model.py is the network, graph.py the graph, data/ the
+questions, data/results/ the numbers.
 
 symbol      name here    shape         source
 D_l         labelled     n_l items     half with ground truth                     Burns et al. 2023, App. A
@@ -56,7 +57,7 @@ class Config:
     weak: tuple = flag((), "weak model, or several: directory or hub id (the demo tasks bring their own)",
                        nargs="+", metavar="MODEL")
     strong: str = flag("", "strong pretrained model: directory or hub id", metavar="MODEL")
-    weak_seeds: int = flag(1, "supervisors made of each weak model, by its order of training", metavar="K")
+    weak_seeds: int = flag(1, "finetune each weak model K times, each in another order of items", metavar="K")
     methods: tuple = flag(DEFAULT_METHODS, "all, or some of: " + " ".join(METHODS), nargs="+",
                           metavar="METHOD", choices=METHODS + ("all",))
     seeds: tuple = flag((0,), "one run each: halves, training order", nargs="+", type=int, metavar="SEED")
@@ -85,7 +86,7 @@ class Config:
     batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
     analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; "
-                             "what weak models' states lack",
+                             "what weak models do not represent",
                          choices=("cross-task", "difficulty", "sweep", "representation"))
     difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
                            choices=("weak", "strong"))
@@ -110,7 +111,8 @@ LIMITS = {      # flag: least value, greatest, what it must be (NaN compares fal
     "gamma": (0, 1e9, "a number from 0"),
     "lr": (1e-300, 1e300, "a positive number"),
     "k": (1, MOST, "a whole number from 1"),
-    **dict.fromkeys(("weak_seeds", "epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
+    "weak_seeds": (1, 1000, "a whole number from 1 to 1000"),
+    **dict.fromkeys(("epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
     **dict.fromkeys(("shots", "limit"), (0, MOST, f"a whole number from 0 to {MOST}"))}
 
 
@@ -131,6 +133,8 @@ def fault(f, value) -> str:
     if choices := f.metadata.get("choices"):
         unknown = [v for v in (value if f.type == "tuple" else [value]) if v not in choices]
         return f"of {', '.join(map(str, choices))}" if unknown else ""
+    if f.name == "weak":
+        return "directories or hub ids" if "" in value else ""
     if f.name == "seeds":
         whole = all(type(seed) is int and 0 <= seed < 2 ** 63 for seed in value)
         return "" if value and whole and len(set(value)) == len(value) else "whole numbers from 0, each once"
@@ -210,8 +214,9 @@ def parse(argv: list[str] | None = None) -> Config:
     if config.rerun or config.merge:
         return config
     weak = config.weak or config.task.endswith(".jsonl")       # which may bring weak labels
-    if not config.task.startswith("demo-") and not (weak and config.strong):
-        command_line.error(f"--task {config.task} needs --weak MODEL and --strong MODEL "
+    missing = [name for name, given in (("--weak", weak), ("--strong", config.strong)) if not given]
+    if not config.task.startswith("demo-") and missing:
+        command_line.error(f"--task {config.task} needs {' MODEL and '.join(missing)} MODEL "
                            "(only the demo tasks bring their own)")
     if config.analysis == "cross-task" and (config.task.endswith(".jsonl") or config.route != "probe"):
         command_line.error("--analysis cross-task needs a demo or an official task, and --route probe: tasks "
@@ -244,13 +249,13 @@ from data import (DEMO, DataError, Item, Question, Task, column_of, columns_show
                   halves, items, judged, load_task, options_of, prompt, unconditional)
 from data.cache import Stages, digest
 from data.results.figures import figures
-from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option
+from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option, true_labels
 from data.results.page import write_page
 from data.results.report import shown, table
-from data.results.store import merged, record, result_of, write
+from data.results.store import compared, merged, record, recorded, result_of, write
 from data.results.work import ahead, reading, size_of, stage_work
 from data.tokens import LoadError, encode_options
-from graph import affinity, knn, normalise, propagate
+from graph import GraphError, affinity, knn, normalise, propagate
 from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory,
                    read)
 
@@ -300,18 +305,20 @@ class Outcome(NamedTuple):
     weights: str
 
 
+class Supervisor(NamedTuple):
+    """A weak model and one order of its training items (--weak-seeds)."""
+    title: str
+    model: Pretrained
+    order: int
+
+
 class Setup(NamedTuple):
     """What all steps of a run share."""
     config: Config
     task: Task          # as all models can read it
-    weak: tuple[Pretrained, ...]        # none where the task's file brings weak labels
+    supervisors: tuple[Supervisor, ...]     # those that are trained; none where the file brings weak labels
     strong: Pretrained
     stages: Stages      # finished ones on disk; tells of the others
-
-    def models(self) -> dict[str, Pretrained]:
-        """By name: weak, weak 2, weak 3 ..., strong."""
-        weak = {"weak" if i == 0 else f"weak {i + 1}": model for i, model in enumerate(self.weak)}
-        return weak | {"strong": self.strong}
 
 
 def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets: Tensor, ask: list, seed: int,
@@ -423,34 +430,13 @@ class Supervised(NamedTuple):
     every: Tensor       # (S, n_u) D_u's labels by every supervisor; NaN where one abstains
 
 
-class Supervisor(NamedTuple):
-    """One of those that a run trains: a weak model, and which order of the training items (--weak-seeds)."""
-    model: Pretrained
-    order: int
-
-
-def supervisors(setup: Setup) -> list[Supervisor]:
-    """The first is the weak supervisor of all methods that take one."""
-    return [Supervisor(model, order) for model in setup.weak for order in range(setup.config.weak_seeds)]
-
-
-def supervisor_names(setup: Setup) -> list[str]:
-    """Of every supervisor, trained ones first, then those of the task's file; each name once."""
-    folders = [Path(source).resolve().name for source in setup.config.weak or ("weak",)]
-    names = [name for name in folders[:len(setup.weak)] for _ in range(setup.config.weak_seeds)]
-    names += [name for name, _ in setup.task.train[0].weak]
-    return [name if name not in names[:i] else f"{name} #{names[:i].count(name) + 1}"
-            for i, name in enumerate(names)]
-
-
-def trained_labels(name: str, setup: Setup, number: int, parts, seed: int, read: Callable) -> Outcome:
-    """Supervisor `number`, finetuned on D_l's truth, labels D_u and test (Outcome.p); a stage of that name.
-
-    parts: labelled, transfer, test, lists of items; read(item): the text it is given of an item."""
-    model, order = supervisors(setup)[number]
-    labelled, transfer, test = (model.tokenizer.encode([read(item) for item in part]) for part in parts)
-    truth = torch.tensor([float(item.label) for item in parts[0]])
-    return finetuned(name, setup, model, labelled, truth, [transfer, test], seed + 1000 * order)
+def trained_labels(name: str, setup: Setup, supervisor: Supervisor, texts, truth: Tensor,
+                   seed: int) -> Outcome:
+    """A supervisor, finetuned on D_l's truth (n_l,), labels D_u and test (Outcome.p); texts: what it is given
+    of labelled, transfer and test."""
+    labelled, transfer, test = map(supervisor.model.tokenizer.encode, texts)
+    return finetuned(name, setup, supervisor.model, labelled, truth, [transfer, test],
+                     seed + 1000 * supervisor.order)
 
 
 def given_labels(setup: Setup, part: list[Item], question: dict[str, Question]) -> Tensor:
@@ -461,11 +447,11 @@ def given_labels(setup: Setup, part: list[Item], question: dict[str, Question]) 
         p = dict(q.weak).get(name)
         return p[column_of(q.options, item.option)] if p else float("nan")
     names = [name for name, _ in setup.task.train[0].weak]
-    labels = torch.tensor([[said(name, item) for item in part] for name in names])
+    labels = torch.tensor([[said(name, item) for item in part] for name in names], dtype=torch.float32)
     return labels.reshape(len(names), len(part))        # of no supervisor too
 
 
-def first_said(labels: Tensor) -> Tensor:
+def first_or_mean(labels: Tensor) -> Tensor:
     """(n,) the first supervisor's labels; where it abstains, the mean of the others; labels (S, n)."""
     return torch.where(labels[0].isnan(), labels.nanmean(0), labels[0])
 
@@ -473,29 +459,26 @@ def first_said(labels: Tensor) -> Tensor:
 def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     """2. Finetune every weak model on D_l's ground truth; it labels D_u and test. For each fold of D_l the
     first one once more, trained on the other folds, labels that fold, and D_u too [D16]."""
+    texts, truth = [[item.text for item in part] for part in parts[:3]], true_labels(parts.labelled)
     given = [given_labels(setup, part, parts.question) for part in parts[:3]]
-    names = ["weak", *(f"weak {i + 1}" for i in range(1, len(supervisors(setup))))][:len(supervisors(setup))]
-    trained = [trained_labels(name, setup, i, parts[:3], seed, lambda item: item.text)
-               for i, name in enumerate(names)]
+    trained = [trained_labels(f"weak {i + 1}" if i else "weak", setup, supervisor, texts, truth, seed)
+               for i, supervisor in enumerate(setup.supervisors)]
     transfer, test = (torch.cat([out.p[i][None] for out in trained] + [given[i + 1]]) for i in range(2))
-    truth, folds = torch.tensor([float(item.label) for item in parts.labelled]), setup.config.folds
-    weak = first_said(transfer)
+    weak, folds = first_or_mean(transfer), setup.config.folds
     if trained:
         cross, by_fold = cross_fitted(setup, parts, truth, seed)
-        weights = trained[0].weights
+        weights, made = trained[0].weights, f"cross-fitted ({folds} folds)"
     else:
-        cross, by_fold = first_said(given[0]), weak.expand(folds, -1)
-        weights = digest(*given)
-    kind = f"cross-fitted accuracy on D_l {accuracy(cross, truth):.3f} ({folds} folds)"
-    if not trained:
-        kind = f"labels of the task's file, right on {accuracy(cross, truth):.3f} of D_l"
-    setup.stages.tell(f"2 weak     {kind}" + (f"; {len(transfer)} supervisors" if len(transfer) > 1 else ""))
-    return Supervised(cross, weak, first_said(test), weights, by_fold, transfer)
+        cross, by_fold = first_or_mean(given[0]), weak.expand(folds, -1)
+        weights, made = digest(*given), "labels as they came"
+    setup.stages.tell(f"2 weak     accuracy on D_l {accuracy(cross, truth):.3f}, {made}; supervisors: "
+                      f"{len(transfer)}")
+    return Supervised(cross, weak, first_or_mean(test), weights, by_fold, transfer)
 
 
 def cross_fitted(setup: Setup, parts: Split, truth: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Supervised.labelled and .by_fold, truth (n_l,) D_l's [D16]."""
-    weak, folds = setup.weak[0], setup.config.folds
+    weak, folds = setup.supervisors[0].model, setup.config.folds
     labelled, transfer = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:2])
     cross, by_fold = torch.empty(len(labelled)), torch.empty(folds, len(transfer))
     for f in range(folds):
@@ -615,7 +598,7 @@ class Prepared(NamedTuple):
     learn: Part         # D_l less the groups of --shots examples: what steps 4 to 6 learn from
     transfer: Part      # D_u
     test: Part
-    weak: Supervised
+    supervised: Supervised
 
 
 def prepare(setup: Setup, seed: int) -> Prepared:
@@ -629,13 +612,13 @@ def prepare(setup: Setup, seed: int) -> Prepared:
         out[name] = Part(part, questions, inputs, getattr(supervised, name), *said)
     labelled = out["labelled"]
     out["labelled"] = labelled = labelled._replace(
-        truth=torch.tensor([float(item.label) for item in labelled.items]),
+        truth=true_labels(labelled.items),
         gold=right_option(setup.config, labelled.items, labelled.questions), fold=parts.fold)
     learn = take(labelled, parts.usable)
     right = answer_right(learn).double().mean()
     setup.stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, "
                       f"untouched accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
-    return Prepared(seed, learn=learn, weak=supervised, **out)
+    return Prepared(seed, learn=learn, supervised=supervised, **out)
 
 
 # --------------------------------------------------------------------------------------------------- 4. P(IK)
@@ -827,11 +810,11 @@ def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return knn(x - x.mean(0), min(k, len(x) - 1))
 
 
-def smooth_grid(near, priors: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
-    """{(alpha, k): smoothed P(y = 1) (m, P)} of priors (m, P), from one neighbour list, whose first k columns
+def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
+    """{(alpha, k): smoothed P(y = 1) (m,)} of a prior (m,), from one neighbour list, whose first k columns
     are the k nearest: one function for choosing and for use."""
     index, similarity = near
-    Y = torch.cat([1 - priors, priors], 1).to(index.device)                 # (m, 2 P)
+    Y = torch.stack([1 - prior, prior], 1).to(index.device)                 # (m, 2)
     out = {}
     for k in ks:
         S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
@@ -839,8 +822,8 @@ def smooth_grid(near, priors: Tensor, alphas, ks, gamma: float) -> dict[tuple[fl
             result = propagate(S, Y, alpha)
             if result.residual > 1e-5:
                 raise TrainError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
-            no, yes = result.F.chunk(2, 1)
-            out[alpha, k] = (yes / (no + yes)).float().to(priors.device)
+            no, yes = result.F.unbind(1)
+            out[alpha, k] = (yes / (no + yes)).float().to(prior.device)
     return out
 
 
@@ -850,7 +833,7 @@ def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) 
     features (n, C) hidden states at the item's last token, prior (n,) P(y = 1). alpha = 0: prior itself."""
     if alpha == 0:
         return prior
-    return smooth_grid(neighbours(features, k), prior[:, None], (alpha,), (k,), gamma)[alpha, k][:, 0]
+    return smooth_grid(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
 
 
 class Smoothing(NamedTuple):
@@ -864,66 +847,63 @@ class Smoothing(NamedTuple):
 
 class View(NamedTuple):
     """One fold of D_l beside D_u, m items, all labelled by the supervisor that saw neither; only the fold's
-    truth is known. P priors are looked at side by side."""
+    truth is known."""
     features: Tensor    # (m, R, C)
-    priors: Tensor      # (m, P) P(y = 1)
+    prior: Tensor       # (m,) P(y = 1)
     truth: Tensor       # (m,) what is known of it
-    scored: Tensor      # (m, P) bool: has truth, and would be smoothed
+    scored: Tensor      # (m,) bool: has truth, and would be smoothed
 
 
 def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors: bool) -> list[View]:
-    """One per fold of D_l, so that labels and density are those smoothing will meet [D6], with two priors. 0:
-    as the method smooths; rows that take the own label, routed_* (n,) bool, are not scored and, with anchors,
-    have it as their prior [D5]. 1: all weak labels, as graph-only smooths them."""
+    """One per fold of D_l, so that labels and density are those smoothing will meet [D6]. Rows that take the
+    own label, routed_* (n,) bool, are not scored and, with anchors, have it as their prior [D5]."""
     learn, transfer, out = prep.learn, prep.transfer, []
     for f in learn.fold.unique():
         at = learn.fold == f
-        weak = torch.cat([learn.weak[at], prep.weak.by_fold[f]])
+        prior = torch.cat([learn.weak[at], prep.supervised.by_fold[f]])
         own = torch.cat([learn.own[at], transfer.own])
         is_self = torch.cat([routed_learn[at], routed_transfer])
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
-        prior, known = torch.where(is_self, own, weak) if anchors else weak, ~truth.isnan()
+        if anchors:
+            prior = torch.where(is_self, own, prior)
         features = torch.cat([learn.item_state[at], transfer.item_state])
-        out.append(View(features, torch.stack([prior, weak], 1), truth,
-                        torch.stack([known & ~is_self, known], 1)))
+        out.append(View(features, prior, truth, ~truth.isnan() & ~is_self))
     return out
 
 
-def right_where_scored(view: View, p: Tensor, prior: int) -> Tensor:
-    """1.0 where the label p (m, P) of an item scored under that prior is right."""
-    return ((p[:, prior] > 0.5) == (view.truth > 0.5))[view.scored[:, prior]].double()
+def right_where_scored(graphs: list[View], labels: list[Tensor]) -> Tensor:
+    """1.0 where the label of a scored item is right, all views' one after the other; labels (m,) per view."""
+    return torch.cat([((p > 0.5) == (view.truth > 0.5))[view.scored].double()
+                      for view, p in zip(graphs, labels)])
 
 
-def choose_smoothing(graphs: list[View], config: Config) -> list[Smoothing]:
-    """For each of the P priors the alpha, k, layer that make its scored labels most accurate; alpha = 0, no
-    smoothing, unless one beats it by two standard errors of the paired difference: the best of many noisy
-    candidates looks better than it is [D6]. A fixed --alpha is always taken."""
-    auto, P = config.alpha == "auto", graphs[0].priors.shape[1]
+def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
+    """The alpha, k, layer that make the scored labels most accurate; alpha = 0, no smoothing, unless one
+    beats it by two standard errors of the paired difference: the best of many noisy candidates looks better
+    than it is [D6]. A fixed --alpha is always taken."""
+    auto, smallest = config.alpha == "auto", min(len(view.prior) for view in graphs)
     alphas = ALPHAS if auto else (float(config.alpha),)
-    smallest = min(len(view.priors) for view in graphs)
     ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)
-    right = [torch.cat([right_where_scored(view, view.priors, i) for view in graphs]) for i in range(P)]
-    best = [Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)] * P        # nothing to choose by
-    for i in range(P):
-        if len(right[i]) >= 2 and smallest >= 2:
-            before = float(right[i].mean())     # and -1 afterwards: a fixed alpha beats that
-            best[i] = Smoothing(0, 0.0, ks[0], before, before if auto else -1.0)
-    choosing = [i for i in range(P) if best[i].before is not None]
-    if alphas == (0.0,) or not choosing:
-        return [b._replace(after=b.before) for b in best]
+    right = right_where_scored(graphs, [view.prior for view in graphs])
+    if len(right) < 2 or smallest < 2:      # nothing to choose by
+        return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
+    before = float(right.mean())
+    best = Smoothing(0, 0.0, ks[0], before, before)
+    if alphas == (0.0,):
+        return best
+    if not auto:
+        best = best._replace(after=-1.0)    # which a fixed alpha beats
     for layer in range(graphs[0].features.shape[1]):
-        found = {(alpha, k): [] for alpha in alphas for k in ks}
+        found = []
         for view in graphs:
             near = neighbours(view.features[:, layer].to(config.device), max(ks))
-            for candidate, p in smooth_grid(near, view.priors, alphas, ks, config.gamma).items():
-                found[candidate].append(p)
-        for (alpha, k), smoothed in found.items():
-            for i in choosing:
-                now = torch.cat([right_where_scored(view, p, i) for view, p in zip(graphs, smoothed)])
-                gain = now - right[i]
-                clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
-                if clear and float(now.mean()) > best[i].after:
-                    best[i] = Smoothing(layer, alpha, k, best[i].before, float(now.mean()))
+            found.append(smooth_grid(near, view.prior, alphas, ks, config.gamma))
+        for alpha, k in found[0]:
+            now = right_where_scored(graphs, [smoothed[alpha, k] for smoothed in found])
+            gain = now - right
+            clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+            if clear and float(now.mean()) > best.after:
+                best = Smoothing(layer, alpha, k, before, float(now.mean()))
     return best
 
 
@@ -950,8 +930,9 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     routed, is_self = route(p_transfer, transfer.own, transfer.weak, tau)
     _, is_self_learn = route(p_learn, learn.own, learn.weak, tau_learn)
 
-    graphs = views(prep, is_self_learn, is_self, bool(config.anchors))
-    chosen, alone = choose_smoothing(graphs, config)                                                # [D6]
+    nobody = [torch.zeros_like(some) for some in (is_self_learn, is_self)]
+    chosen = choose_smoothing(views(prep, is_self_learn, is_self, bool(config.anchors)), config)    # [D6]
+    alone = choose_smoothing(views(prep, *nobody, False), config)
     prior = routed if config.anchors else transfer.weak                                             # [D5]
     states = transfer.item_state.to(config.device)
     refined = smooth(states[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
@@ -968,82 +949,77 @@ def homophily(transfer: Part, chosen: Smoothing) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ 7. Students
-class Labels(NamedTuple):
-    """What a student is trained on."""
-    targets: Tensor             # (n_u,) P(y = 1) of D_u's items, NaN: left out; (n_u, S) for raven's rule
-    rule: object = None         # of a step's targets (model.finetune's target_fn)
-
-
 class Predictions(NamedTuple):
     """What a method, trained or not, says of D_u and test."""
-    labels: Tensor | None       # (n_u,) what it was trained on, NaN: left out; None: on nothing of D_u
+    labels: Tensor | None       # (n_u,) what it was trained on, NaN: left out; None: no one label per item
     transfer: Tensor            # (n_u,) P(y = 1)
     test: Tensor                # (n_test,) P(y = 1)
     weights: str                # hash of the trained tensors
 
 
-def labels_of(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Labels:
-    """The labels of D_u that a method trains its student on."""
+def labels_of(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Tensor:
+    """(n_u,) P(y = 1) that a method trains its student on, NaN: left out; (n_u, S) for a rule that needs the
+    supervisors' one by one."""
     match method:
         case "ceiling":
-            return Labels(hidden_truth(prep.transfer))
+            return hidden_truth(prep.transfer)
         case "naive":
-            return Labels(prep.transfer.weak)
+            return prep.transfer.weak
         case "self-only":           # tau = 0
-            return Labels(prep.transfer.own)
+            return prep.transfer.own
         case "graph-only":          # tau > 1
-            return Labels(s.smoothed_weak)
+            return s.smoothed_weak
         case "route-only":          # alpha = 0
-            return Labels(s.routed)
+            return s.routed
         case "selective":
-            return Labels(s.selective)
+            return s.selective
     return related(method, setup, prep, known, s)
 
 
 def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Predictions:
     """7. The pretrained strong model finetuned on one label set, of D_u or, strong-on-D_l, of D_l."""
-    transfer, ask = prep.transfer, [prep.transfer.inputs, prep.test.inputs]
+    ask = [prep.transfer.inputs, prep.test.inputs]
     if method == "strong-on-D_l":
-        labelled = prep.labelled
-        out = finetuned(method, setup, setup.strong, labelled.inputs, labelled.truth, ask, prep.seed)
-        return Predictions(None, *out.p, out.weights)
-    targets, rule = labels_of(method, setup, prep, known, s)
-    labels = targets if targets.ndim == 1 else targets.nanmean(1)
-    rows = (~labels.isnan()).nonzero()[:, 0]
-    out = finetuned(method, setup, setup.strong, [transfer.inputs[i] for i in rows], targets[rows], ask,
-                    prep.seed, rule)
+        inputs, targets, labels = prep.labelled.inputs, prep.labelled.truth, None
+    else:
+        inputs, targets = prep.transfer.inputs, labels_of(method, setup, prep, known, s)
+        labels = targets if targets.ndim == 1 else None
+    if labels is not None:
+        rows = (~labels.isnan()).nonzero()[:, 0]
+        inputs, targets = [inputs[i] for i in rows], targets[rows]
+    rule = {"logconf": log_confidence, "product": product, "raven": raven()}.get(method)
+    out = finetuned(method, setup, setup.strong, inputs, targets, ask, prep.seed, rule)
     return Predictions(labels, *out.p, out.weights)
 
 
 # -------------------------------------------------------------------- Related systems: not the paper's method
-def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Labels:
-    """The labels of D_u, and the rule of a step, of what the paper is compared with or builds on."""
-    weak, every = prep.transfer.weak, prep.weak.every
+def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Tensor:
+    """The labels of D_u of what the paper is compared with or builds on; as labels_of."""
+    weak, every = prep.transfer.weak, prep.supervised.every
     match method:
-        case "logconf":
-            return Labels(weak, log_confidence)
-        case "product":
-            return Labels(weak, product)
+        case "logconf" | "product":
+            return weak
         case "confidence-only":
-            return Labels(only(surer(weak), weak))
+            return where(surer(weak), weak)
         case "fused":
-            return Labels(fused(prep, known.learn, known.transfer))
+            return fused(prep, known.learn, known.transfer)
         case "trust":
-            return Labels(trust(prep, known.transfer))
+            return trust(prep, known.transfer)
         case "ensemble":        # the finetune-ensemble row of Lang et al. 2025, arXiv 2501.13124
-            return Labels(every.nanmean(0))
+            return every.nanmean(0)
         case "raven":
-            return Labels(every.T, raven())
+            return every.T
         case "two-stage":
-            return Labels(two_stage(setup, prep))
+            return two_stage(setup, prep)
         case "label-model":
-            return Labels(label_model(torch.cat([every, prep.transfer.own[None]])).p)
+            p, _ = label_model(torch.cat([every, prep.transfer.own[None]]))
+            return p
         case "debate":
-            return Labels(debate(setup, prep).nanmean(0))
+            return debate(setup, prep).nanmean(0)
         case "chain":           # weak -> student -> student
-            return Labels(student("naive", setup, prep, known, s).transfer)
+            return student("naive", setup, prep, known, s).transfer
         case "oracle":
-            return Labels(oracle(setup.config, prep))
+            return oracle(setup.config, prep)
     raise ValueError(method)
 
 
@@ -1075,7 +1051,7 @@ def surer(labels: Tensor, share: float = 0.5) -> Tensor:
     return out
 
 
-def only(rows: Tensor, labels: Tensor) -> Tensor:
+def where(rows: Tensor, labels: Tensor) -> Tensor:
     """labels (n,) where rows (n,) bool; NaN, left out, elsewhere."""
     return torch.where(rows, labels, torch.nan)
 
@@ -1108,24 +1084,25 @@ def oracle(config: Config, prep: Prepared) -> Tensor:
 def raven() -> Callable:
     """The rule of RAVEN (its code at commit f959c17): targets are the supervisors' mean under weights on the
     simplex, which follow the gradient of the student's loss. For a tenth of the steps they are equal, and
-    only items on which all supervisors agree are learnt from."""
-    weight, last = None, -1.0
+    only items on which all supervisors agree are learnt from. Its image code's way of mixing probabilities
+    with its text code's rate [D19]."""
+    weight, used, last = None, None, -1.0       # next step's, this step's, its fraction
 
     def target(p, w, fraction, rate=1e-2, warm_up=0.1):     # w (B, S), NaN where one abstains
-        nonlocal weight, last
-        there = ~w.isnan()
-        if weight is None:
-            weight = torch.full_like(w[0], 1 / w.shape[1])
-        share = weight * there
+        nonlocal weight, used, last
+        there, start = ~w.isnan(), torch.full_like(w[0], 1 / w.shape[1])
+        if fraction > last:     # else the step starts anew for want of memory, with the weights it had
+            used, last = start if weight is None else weight, fraction
+        share = used * there
         mean = (share * w.nan_to_num()).sum(1) / share.sum(1)
         if fraction < warm_up:
             agree = ((w > 0.5) | ~there).all(1) | ((w <= 0.5) | ~there).all(1)
             return torch.where(agree, mean, p)      # p itself: nothing to learn
-        if fraction > last:     # not again where a step starts anew for want of memory
-            p = p.clamp(1e-6, 1 - 1e-6)[:, None]
-            loss = -(w * p.log() + (1 - w) * (1 - p).log())                 # (B, S)
-            weight = (weight - rate * loss.nanmean(0).nan_to_num()).clamp_min(1e-6)
-            weight, last = weight / weight.sum(), fraction
+        p = p.clamp(1e-6, 1 - 1e-6)[:, None]
+        loss = -(w * p.log() + (1 - w) * (1 - p).log()).nanmean(0)          # (S,)
+        loss = torch.where(loss.isnan(), loss.nanmean(), loss)      # who is silent in a batch neither wins
+        weight = (used - rate * loss).clamp_min(1e-6)               # nor loses by it
+        weight = weight / weight.sum()
         return mean
     return target
 
@@ -1133,27 +1110,23 @@ def raven() -> Callable:
 def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.75) -> Tensor:
     """Two-stage filtering (arXiv 2503.04249) for classification, without its rewriting of questions: a
     student of the more consistent share of items (by the confidence of the supervisors' mean; of votes that
-    is their agreement) labels the others; (n_u,) labels of the first and of those it is sure of."""
-    mean, inputs = prep.weak.every.nanmean(0), prep.transfer.inputs
+    is their agreement) labels the others; (n_u,) labels of the first and of those it is sure of [D19]."""
+    mean, inputs = prep.supervised.every.nanmean(0), prep.transfer.inputs
     first = surer(mean, share)
     rows, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
     if not len(others):
         return mean
     out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows], mean[rows],
                     [[inputs[i] for i in others]], prep.seed)
-    labels = only(first, mean)
-    labels[others] = only((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
+    labels = where(first, mean)
+    labels[others] = where((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
     return labels
 
 
-class LabelModel(NamedTuple):
-    p: Tensor           # (n,) P(y = 1)
-    accuracy: Tensor    # (V,) of each voter, as found
-
-
-def label_model(votes: Tensor) -> LabelModel:
+def label_model(votes: Tensor) -> tuple[Tensor, Tensor]:
     """One-coin EM over votes (V, n) P(y = 1), NaN where one abstains: each voter is right with a probability
-    of its own, independently (Dawid and Skene 1979; in the place of WSGAN's encoder, arXiv 2203.12023)."""
+    of its own, .5 to .99, independently (Dawid and Skene 1979; in the place of WSGAN's encoder, arXiv
+    2203.12023 [D19]). P(y = 1) (n,), float32, and the accuracies (V,) found."""
     there = (~votes.isnan()).double()
     sign = (2.0 * (votes > 0.5) - 1) * there                                # +1 yes, -1 no, 0 abstains
     p = 0.5 + 0.5 * sign.sum(0) / there.sum(0).clamp_min(1)                 # the majority's share
@@ -1163,20 +1136,19 @@ def label_model(votes: Tensor) -> LabelModel:
         before, p = p, torch.sigmoid(log_odds(p.mean()) + (sign * log_odds(right)[:, None]).sum(0))
         if (p - before).abs().max() < 1e-9:
             break
-    return LabelModel(p.float(), right)
+    return p.float(), right
 
 
 def debate(setup: Setup, prep: Prepared) -> Tensor:
     """(S, n_u) labels by supervisors that read a transcript, "transcripts" of the task's file, each its own,
     in front of every question (arXiv 2501.13124, whose transcripts come from debates of strong models)."""
-    question = {q.id: q for q in setup.task.train + setup.task.test}
-    parts = [part.items for part in (prep.labelled, prep.transfer, prep.test)]
-    out = prep.weak.every.clone()
-    for i in range(len(supervisors(setup))):
-        def read(item):
-            heard = question[item.question_id].transcripts[i:i + 1]
-            return "\n".join([*heard, item.text])
-        out[i] = trained_labels(f"debate {i + 1}", setup, i, parts, prep.seed, read).p[0]
+    out, truth = prep.supervised.every.clone(), prep.labelled.truth
+    for i, supervisor in enumerate(setup.supervisors):
+        texts = []
+        for part in (prep.labelled, prep.transfer, prep.test):
+            pairs = zip(part.questions, part.items)
+            texts.append(["\n".join([*q.transcripts[i:i + 1], item.text]) for q, item in pairs])
+        out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, texts, truth, prep.seed).p[0]
     return out
 
 
@@ -1203,13 +1175,13 @@ def one_seed(setup: Setup, seed: int) -> dict:
              f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
     transfer, test = prep.transfer, prep.test
     untouched = setup.strong.sha256
-    done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.weak.weights),
+    done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.supervised.weights),
             "zero-shot": Predictions(transfer.zero_shot, transfer.zero_shot, test.zero_shot, untouched)}
     for method in config.methods:
         if method not in done:
             done[method] = student(method, setup, prep, known, s)
             tell(f"7 student  {method}")
-    return record(setup, prep, routers, s, done, supervisor_names(setup), homophily(transfer, s.chosen_alone))
+    return record(setup, prep, routers, s, done, homophily(transfer, s.chosen_alone))
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[Task, dict]:
@@ -1230,23 +1202,55 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[
     return task, counts
 
 
+def titled(sources, orders: int) -> list[str]:
+    """A title per supervisor, each once: the last part of its directory or hub id; #2, #3 ... for another of
+    the same name, as another order of training is."""
+    out = []
+    for name in [Path(source).resolve().name for source in sources for _ in range(orders)]:
+        title, count = name, 1
+        while title in out:
+            title, count = f"{name} #{count + 1}", count + 1
+        out.append(title)
+    return out
+
+
 def set_up(config: Config, tell) -> tuple[Setup, dict]:
-    """Task and models loaded, and how many questions had to be changed; DataError if nobody labels D_u, or
-    transcripts are not one per supervisor."""
+    """Task and models loaded, and how many questions had to be changed. DataError for what the task's file
+    and the flags do not give each other."""
     task, sources = load_task(config.task, data_dir=config.data_dir or None), config.weak
     if config.task in DEMO and not sources:
         sources = (str(HERE / "data/demo/weak"),)
     if not sources and not task.train[0].weak:
         raise DataError(f'--task {config.task} needs --weak MODEL, or "weak" labels on its lines')
+    if not sources and (config.keep == "weak" or config.analysis == "representation"):
+        raise DataError("--keep weak and --analysis representation need --weak MODEL")
     heard, trained = len(task.train[0].transcripts), len(sources) * config.weak_seeds
     if "debate" in config.methods and heard and heard != trained:
         raise DataError(f"--methods debate: {config.task} has {heard} transcripts a question for {trained} "
                         "supervisors: give as many, --weak A B C or --weak-seeds K")
-    weak = tuple(pretrained(source, False, config) for source in sources)
+    weak = [pretrained(source, False, config) for source in sources]
     strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     strong.network.check_head()
     task, counts = fitted(task, (*weak, strong), config, tell)
-    return Setup(config, task, weak, strong, Stages(Path(config.out) / "cache", tell, config.device)), counts
+    each = [(model, order) for model in weak for order in range(config.weak_seeds)]
+    titles = titled(sources, config.weak_seeds)
+    supervisors = tuple(Supervisor(title, *one) for title, one in zip(titles, each))
+    setup = Setup(config, task, supervisors, strong, Stages(Path(config.out) / "cache", tell, config.device))
+    if "debate" in config.methods:
+        check_transcripts(setup)
+    return setup, counts
+
+
+def check_transcripts(setup: Setup) -> None:
+    """DataError for a transcript that does not fit into its supervisor's context in front of its question."""
+    for q in setup.task.train + setup.task.test:
+        for text, supervisor in zip(q.transcripts, setup.supervisors):
+            model, options = supervisor.model, options_of([q])[0]
+            whole = [f"{text}\n{prompt(q)}{option}" for option in options]
+            tokens, room = max(map(len, model.tokenizer.encode(whole))), model.network.config.context
+            if tokens > room:
+                raise DataError(f"question {q.id}: with its transcript for {supervisor.title} it has "
+                                f"{tokens} tokens, over the model's {room}: shorten it")
 
 
 def run(config: Config) -> dict:
@@ -1288,36 +1292,20 @@ def finish(result: dict, runs: list[dict], out: str) -> None:
     print(f"written   {folder}/ {' '.join(files)}")
 
 
-INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
-
-
 def rerun(config: Config) -> None:
-    """Repeat the run recorded in a result.json; raises DataError naming what came out differently, and what
-    differs of the inputs (code, data, models, environment), where to look."""
+    """Repeat the run recorded in a result.json and compare; raises DataError if it differs."""
+    old = recorded(config.rerun)
+    fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
+    values |= {"out": fresh, "data_dir": config.data_dir or values.get("data_dir", "")}
     try:
-        old = json.loads(Path(config.rerun).read_text("utf-8"))
-        recorded = {name: tuple(v) if isinstance(v, list) else v for name, v in old["config"].items()}
-        fresh = str(Path(config.out) / f"rerun-{digest(old)[:12]}")     # with a cache of its own
-        again = Config(**recorded | {"out": fresh, "data_dir": config.data_dir or recorded["data_dir"]})
-        methods, before = dict(old["metrics"]["methods"].items()), {part: old[part] for part in INPUTS}
-        if line := problem(again):
-            raise ValueError(line)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{config.rerun}: not a result.json of this program ({error})") from None
-    new = json.loads(json.dumps(run(again)))
-    moved = [part for part in INPUTS if before[part] != new[part]]
-    after = new["metrics"]["methods"]
-    differ = [name for name in after | methods if methods.get(name) != after.get(name)]
-    if old["analysis"] != new["analysis"]:
-        differ.append("the analysis")
-    if differ:
-        raise DataError(f"not the same as {config.rerun}: {', '.join(differ)}; "
-                        f"differing inputs: {', '.join(moved) or 'none'}")
-    print(f"the same as {config.rerun} in every method's metrics and weights"
-          + (f", though {', '.join(moved)} differ" if moved else ""))
-
-
-GRAPH_FAULTS = ("knn:", "affinity:", "propagate:")      # how graph.py's ValueErrors begin
+        again = Config(**values)
+        line = problem(again)
+    except TypeError as error:
+        line = str(error)
+    if line:
+        raise DataError(f"{config.rerun}: not a result.json of this program ({line})")
+    print(compared(old, json.loads(json.dumps(run(again))), config.rerun))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1334,7 +1322,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(config)
         return 0
-    except (LoadError, DataError, TrainError) as error:
+    except (LoadError, DataError, TrainError, GraphError) as error:
         print(f"selw2s: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -1345,11 +1333,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, SafetensorError) as error:
         print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if not str(error).startswith(GRAPH_FAULTS):
-            raise
-        print(f"selw2s: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nselw2s: interrupted; finished stages are kept: start the same command again",

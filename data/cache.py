@@ -30,8 +30,8 @@ def digest(*parts) -> str:
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous()
-            h.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.view(torch.uint8).numpy().tobytes())
+            h.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            h.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         else:
             h.update((inspect.getsource(part) if callable(part) else repr(part)).encode() + b"\0")
     return h.hexdigest()

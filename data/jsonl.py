@@ -10,8 +10,8 @@ it is given; else questions on one context form a group, or, without a context, 
 same options, in any order. "split" stands on every line or on none; then the groups, in the order of their
 names' SHA-256, fill the test set until it has a fifth of the questions. "weak" is the probability of every
 option, [0.1, 0.9], or of several supervisors by name, {"ann": [0, 1], "bob": null}: a vote is 0 and 1, null
-is who abstains. Every training question has the same supervisors, one of whom labels it; a test question has
-them or none. Every error names file and line.
+is who abstains. Every training question has the same supervisors, in the order of the first one's, and one of
+them at least labels it; a test question has them or none. Every error names file and line.
 """
 import hashlib
 import json
@@ -71,7 +71,7 @@ def _weak(row: dict, places: list[int]) -> tuple:
             if not numbers or len(p) != len(places) or abs(sum(p) - 1) > 0.02:
                 raise ValueError(f'"weak" of {name[:40]!r} must be null or {len(places)} probabilities, one '
                                  f"per option, that sum to 1; found {p!r:.60}")
-            p = tuple(sum(x for x, at in zip(p, places) if at == i) for i in range(max(places) + 1))
+            p = tuple(sum(x for x, at in zip(p, places) if at == i) / sum(p) for i in range(max(places) + 1))
         out.append((name, p))
     return tuple(out)
 
@@ -130,7 +130,8 @@ def _differs(question: Question, split: str, first: Question) -> str:
     are."""
     names, others = ({name for name, _ in q.weak} for q in (question, first))
     if names != others and (names or split == "train"):
-        mine, theirs = (", ".join(sorted(some)) or "nobody" for some in (names, others))
+        mine, theirs = (", ".join(f"{name[:40]!r}" for name in sorted(some)[:9]) or "nobody"
+                        for some in (names, others))
         return f'"weak" by {mine}, not by {theirs}'
     if names and split == "train" and all(p is None for _, p in question.weak):
         return '"weak" by nobody: one supervisor must label a training question'

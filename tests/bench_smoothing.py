@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import selw2s
-from data.results.metrics import accuracy
+from data.results.metrics import accuracy, hidden_truth
 
 
 def d_l_views(prep, by_fold: bool) -> list:
@@ -28,32 +28,32 @@ def d_l_views(prep, by_fold: bool) -> list:
     learn, out = prep.learn, []
     for f in learn.fold.unique() if by_fold else [None]:
         at = torch.ones(len(learn.fold), dtype=torch.bool) if f is None else learn.fold == f
-        scored = torch.ones(int(at.sum()), 1, dtype=torch.bool)
-        out.append(selw2s.View(learn.item_state[at], learn.weak[at, None], learn.truth[at], scored))
+        scored = torch.ones(int(at.sum()), dtype=torch.bool)
+        out.append(selw2s.View(learn.item_state[at], learn.weak[at], learn.truth[at], scored))
     return out
 
 
 def best_on_transfer(prep, config) -> float:
     """Label accuracy of the best candidate of the grid on D_u itself."""
-    truth, transfer = selw2s.hidden_truth(prep.transfer), prep.transfer
+    truth, transfer = hidden_truth(prep.transfer), prep.transfer
     found = [accuracy(transfer.weak, truth)]
     for states in transfer.item_state.unbind(1):
         near = selw2s.neighbours(states, max(selw2s.KS))
-        grid = selw2s.smooth_grid(near, transfer.weak[:, None], selw2s.ALPHAS, selw2s.KS, config.gamma)
-        found += [accuracy(p[:, 0], truth) for p in grid.values()]
+        grid = selw2s.smooth_grid(near, transfer.weak, selw2s.ALPHAS, selw2s.KS, config.gamma)
+        found += [accuracy(p, truth) for p in grid.values()]
     return max(found)
 
 
 def measure(prep, config) -> dict:
     """{view: label accuracy of D_u after its choice, and the choice}."""
-    truth, transfer = selw2s.hidden_truth(prep.transfer), prep.transfer
+    truth, transfer = hidden_truth(prep.transfer), prep.transfer
     nobody = [torch.zeros(len(part.items), dtype=torch.bool) for part in (prep.learn, transfer)]
-    folds, ks = len(prep.weak.by_fold), selw2s.KS
-    chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config)[0],
-              "all": selw2s.choose_smoothing(d_l_views(prep, False), config)[0],
-              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, *nobody, False), config)[1]}
+    folds, ks = len(prep.supervised.by_fold), selw2s.KS
+    chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config),
+              "all": selw2s.choose_smoothing(d_l_views(prep, False), config),
+              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, *nobody, False), config)}
     selw2s.KS = tuple(max(1, round(k / folds)) for k in ks)
-    near = selw2s.choose_smoothing(d_l_views(prep, True), config)[0]
+    near = selw2s.choose_smoothing(d_l_views(prep, True), config)
     chosen["fold, k/5"] = near._replace(k=ks[selw2s.KS.index(near.k)])
     selw2s.KS = ks
     out = {"none": {"accuracy": accuracy(transfer.weak, truth)},

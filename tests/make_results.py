@@ -250,7 +250,7 @@ def analysis_table(_: str) -> str:
 
 def representation_table(_: str) -> str:
     """What each weak model's states lack, and what that predicts."""
-    result = kept("representation-sciq")
+    result = kept("representation-sciq") or {"analysis": {}}
     head = ("weak model of demo-sciq", "norm of P_s (I - P_w)", "predicted error", "measured error",
             "its labels of D_u right", "its student on test")
     keys = ("norm", "predicted_error", "error", "label_accuracy", "accuracy")

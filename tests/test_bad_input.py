@@ -118,7 +118,7 @@ class Box:
 
     def result(self, **keys):
         """--rerun of a result.json with these keys."""
-        (self.folder / "result.json").write_text(json.dumps(keys))
+        (self.folder / "result.json").write_text(json.dumps({"schema": 3, "analysis": None, **keys}))
         self.flag("--rerun", str(self.folder / "result.json"))
 
 

@@ -223,8 +223,8 @@ def two_views(x, prior, truth, layers=None):
     """Two graphs of 150 items each, both classes in each; all items scored."""
     half = torch.arange(300) // 2 % 2
     features = x[:, None] if layers is None else torch.stack(layers, 1)
-    return [s.View(features[half == h], prior[half == h, None], truth[half == h],
-                   torch.ones(150, 1, dtype=torch.bool)) for h in (0, 1)]
+    return [s.View(features[half == h], prior[half == h], truth[half == h],
+                   torch.ones(150, dtype=torch.bool)) for h in (0, 1)]
 
 
 def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
@@ -235,48 +235,45 @@ def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
     prior = 0.5 + 0.2 * (half * 2 - 1) + 0.25 * (truth - 0.5) * torch.rand(300, generator=g)
     mixed = s.smooth(x, prior, 0.97, 10, 3.0)
     assert m.accuracy(prior, truth) == 0.5 and m.accuracy(mixed, truth) > 0.9
-    chosen, = s.choose_smoothing(two_views(x, prior, truth), s.Config())
+    chosen = s.choose_smoothing(two_views(x, prior, truth), s.Config())
     assert chosen.alpha == 0 and chosen.after == 0.5
 
 
 def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
     x, prior, truth = clusters()
-    good, = s.choose_smoothing(two_views(x, prior, truth), s.Config())
+    good = s.choose_smoothing(two_views(x, prior, truth), s.Config())
     assert good.alpha > 0 and good.after > good.before + 0.1
     shuffled = truth[torch.randperm(300, generator=torch.Generator().manual_seed(5))]
     flipped = torch.rand(300, generator=torch.Generator().manual_seed(6)) < 0.2
     prior = torch.where(flipped, 1 - shuffled, shuffled)
-    bad, = s.choose_smoothing(two_views(x, prior, shuffled), s.Config())
+    bad = s.choose_smoothing(two_views(x, prior, shuffled), s.Config())
     assert bad.alpha == 0 and bad.after == bad.before
-    forced, = s.choose_smoothing(two_views(x, prior, shuffled), s.Config(alpha=0.9, k=10))
+    forced = s.choose_smoothing(two_views(x, prior, shuffled), s.Config(alpha=0.9, k=10))
     assert forced.alpha == 0.9 and forced.k == 10 and forced.after < forced.before
 
 
 def test_the_right_layer_is_chosen():
     x, prior, truth = clusters()
     junk = torch.randn(300, 17, generator=torch.Generator().manual_seed(9))
-    assert s.choose_smoothing(two_views(x, prior, truth, [junk, x]), s.Config())[0].layer == 1
+    assert s.choose_smoothing(two_views(x, prior, truth, [junk, x]), s.Config()).layer == 1
 
 
-def test_priors_are_chosen_for_side_by_side_as_alone():
+def test_only_what_is_scored_decides():
     x, prior, truth = clusters()
-    other = torch.where(torch.rand(300, generator=torch.Generator().manual_seed(8)) < 0.4, 1 - truth, truth)
-    both = [a._replace(priors=torch.cat([a.priors, b.priors], 1), scored=torch.cat([a.scored, b.scored], 1))
-            for a, b in zip(two_views(x, prior, truth), two_views(x, other, truth))]
-    both[0].scored[:20, 1] = False
-    alone = two_views(x, other, truth)
-    alone[0].scored[:20] = False
-    got = s.choose_smoothing(both, s.Config())
-    first, second = (s.choose_smoothing(v, s.Config()) for v in (two_views(x, prior, truth), alone))
-    assert got == first + second and got[0] != got[1]
+    graphs = two_views(x, prior, truth)
+    right = (prior > 0.5) == (truth > 0.5)
+    half = torch.arange(300) // 2 % 2
+    graphs = [view._replace(scored=right[half == h]) for h, view in enumerate(graphs)]
+    chosen = s.choose_smoothing(graphs, s.Config())     # where all are right, nothing can be better
+    assert (chosen.alpha, chosen.before, chosen.after) == (0, 1, 1)
 
 
 def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
     features, truth, config = torch.randn(12, 1, 4), torch.arange(12) % 2.0, s.Config(alpha=0.5, k=50)
-    view = s.View(features, truth[:, None], truth, torch.ones(12, 1, dtype=torch.bool))
-    assert s.choose_smoothing([view, view], config)[0].k == 50
-    lone = s.View(features[:1], truth[:1, None], truth[:1], torch.ones(1, 1, dtype=torch.bool))
-    chosen, = s.choose_smoothing([view, lone], config)      # one item has no neighbours: nothing to choose by
+    view = s.View(features, truth, truth, torch.ones(12, dtype=torch.bool))
+    assert s.choose_smoothing([view, view], config).k == 50
+    lone = s.View(features[:1], truth[:1], truth[:1], torch.ones(1, dtype=torch.bool))
+    chosen = s.choose_smoothing([view, lone], config)      # one item has no neighbours: nothing to choose by
     assert (chosen.alpha, chosen.k, chosen.before) == (0.5, 50, None)
 
 
@@ -312,14 +309,12 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
         assert len(graphs) == 5
         for f, view in enumerate(graphs):
             at = prep.learn.fold == f
-            weak = torch.cat([prep.learn.weak[at], prep.weak.by_fold[f]])
+            weak = torch.cat([prep.learn.weak[at], prep.supervised.by_fold[f]])
             own, is_own = torch.cat([prep.learn.own[at], prep.transfer.own]), torch.cat([own_l[at], own_u])
-            assert torch.equal(view.priors[:, 0], torch.where(is_own, own, weak) if anchors else weak)
-            assert torch.equal(view.priors[:, 1], weak)
+            assert torch.equal(view.prior, torch.where(is_own, own, weak) if anchors else weak)
             states = torch.cat([prep.learn.item_state[at], prep.transfer.item_state])
             assert torch.equal(view.features, states)
-            assert view.scored[:, 0].tolist() == (~own_l[at]).tolist() + [False] * 40
-            assert view.scored[:, 1].tolist() == [True] * 10 + [False] * 40
+            assert view.scored.tolist() == (~own_l[at]).tolist() + [False] * 40
             assert torch.equal(view.truth[:10], prep.learn.truth[at]) and view.truth[10:].isnan().all()
 
 

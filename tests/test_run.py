@@ -13,8 +13,7 @@ import torch
 
 import selw2s
 from conftest import ROOT, same_bits
-from data.cache import Stages
-from data.results.metrics import own_right, right_option
+from data.results.metrics import hidden_truth, own_right, right_option
 from selw2s import METHODS
 
 
@@ -38,8 +37,8 @@ def full(tiny, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------- honesty rules
-@pytest.mark.parametrize("flags", [(), ("--student", "answer"), ("--own", "judge"), ("--shots", "1"),
-                                   ("--route", "both", "--tau", "item")])
+@pytest.mark.parametrize("flags", [("--weak-seeds", "3"), ("--student", "answer"), ("--own", "judge"),
+                                   ("--shots", "1"), ("--route", "both", "--tau", "item")])
 def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch, flags):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
     methods = ("--methods", *(m for m in METHODS if m != "oracle"), *flags)
@@ -275,10 +274,7 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
 def set_up(tiny, out, *flags, told=None):
     """Everything a run shares; told: a list that gets its lines."""
     config = selw2s.parse([*tiny, "--out", str(out), *flags])
-    weak = tuple(selw2s.pretrained(source, False, config) for source in config.weak)
-    stages = Stages(Path(out) / "cache", (told if told is not None else []).append)
-    return selw2s.Setup(config, selw2s.load_task(config.task), weak,
-                        selw2s.pretrained(config.strong, False, config), stages)
+    return selw2s.set_up(config, (told if told is not None else []).append)[0]
 
 
 def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
@@ -320,7 +316,7 @@ def test_a_yes_no_item_is_the_question_and_its_states_are_the_prompts(tiny, tmp_
     for some in (p.labelled, p.transfer, p.test):
         assert torch.equal(some.prompt_state, some.item_state)
         assert torch.equal(some.zero_shot, some.belief[:, 1].float())       # options are no, yes
-        assert torch.equal(selw2s.hidden_truth(some), torch.tensor([float(q.answer) for q in some.questions]))
+        assert torch.equal(hidden_truth(some), torch.tensor([float(q.answer) for q in some.questions]))
 
 
 @pytest.mark.parametrize("flags", [("--shots", "2"), ("--folds", "20")])
@@ -342,7 +338,7 @@ def test_cross_fitted_supervisors_never_saw_the_fold_they_label(tiny, tmp_path, 
     monkeypatch.setattr(selw2s, "finetuned", spy)
     setup = set_up(tiny, tmp_path, "--folds", "4")
     p = selw2s.prepare(setup, 0)
-    ids = [tuple(x) for x in setup.weak[0].tokenizer.encode([item.text for item in p.labelled.items])]
+    ids = [tuple(x) for x in setup.supervisors[0].model.tokenizer.encode([item.text for item in p.labelled.items])]
     groups = [q.group for q in p.labelled.questions]
     for f in range(4):
         learn, ask = seen[f"cross-{f}"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import selw2s as s
-from data import DataError
 from data.results.analyses import lacking
 from test_run import arrays, go, set_up, weights
 
@@ -87,7 +86,7 @@ def test_several_models_are_several_supervisors_each_with_its_seeds(tiny, tmp_pa
     flags = [*tiny[:3], tiny[3], tiny[5], *tiny[4:], "--weak-seeds", "2", "--methods", "weak"]
     result = go(flags, tmp_path)
     assert result["seeds"][0]["supervisors"] == ["weak", "weak #2", "strong", "strong #2"]
-    assert list(result["models"]) == ["weak", "weak 2", "strong"]
+    assert len(result["models"]["weak"]) == 2 and result["models"]["weak"][1]["sha256"] == result["models"]["strong"]["sha256"]
     trained = [stage["name"] for stage in result["stages"] if stage["name"].startswith("weak")]
     assert trained == ["weak", "weak 2", "weak 3", "weak 4"]
     assert sum(stage["name"].startswith("cross-") for stage in result["stages"]) == 5      # the first one alone
@@ -123,21 +122,38 @@ def test_raven_by_hand():
     start = rule(p, w, 0.0)                         # equal weights; the second item's supervisors differ
     torch.testing.assert_close(start, torch.tensor([0.85, 0.3, 0.1]))
     torch.testing.assert_close(rule(p, w, 0.5), torch.tensor([0.85, 0.45, 0.1]))
-    weight = torch.tensor([0.5, 0.5])               # and now they have moved once
+    torch.testing.assert_close(rule(p, w, 0.5), torch.tensor([0.85, 0.45, 0.1]))    # started anew: the same
     ce = -(w * p[:, None].log() + (1 - w) * (1 - p[:, None]).log())
-    weight = weight - 1e-2 * torch.stack([ce[:, 0].mean(), ce[:2, 1].mean()])
+    weight = torch.tensor([0.5, 0.5]) - 1e-2 * torch.stack([ce[:, 0].mean(), ce[:2, 1].mean()])
     weight = weight / weight.sum()
-    again = rule(p, w, 0.5)                         # the same step started anew: not moved again
-    torch.testing.assert_close(again, torch.tensor([float(w[0] @ weight), float(w[1] @ weight), 0.1]))
-    torch.testing.assert_close(rule(p, w, 0.6), again)
+    expected = torch.tensor([float(w[0] @ weight), float(w[1] @ weight), 0.1])
+    assert abs(expected[1] - 0.45) > 1e-4
+    torch.testing.assert_close(rule(p, w, 0.6), expected)
 
 
-def test_raven_with_equal_supervisors_is_naive():
+def test_silence_neither_wins_nor_loses_raven_a_supervisor():
+    """The second says nothing for a hundred steps: its weight stays what it was."""
+    rule, w = s.raven(), torch.tensor([[0.9, torch.nan], [0.3, torch.nan]])
+    for step in range(100):
+        rule(torch.tensor([0.5, 0.5]), w, 0.2 + step / 1000)
+    both = torch.tensor([[1.0, 0.0]])
+    torch.testing.assert_close(rule(torch.tensor([0.5]), both, 0.9), torch.tensor([0.5]))
+
+
+def test_raven_keeps_the_weights_of_equal_supervisors_equal():
     rule, g = s.raven(), torch.Generator().manual_seed(1)
     for step in range(50):
         w = torch.rand(16, generator=g)
         target = rule(torch.rand(16, generator=g), w[:, None].expand(16, 4), step / 50)
         torch.testing.assert_close(target, w)
+    apart = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 1.0]])        # shows the weights
+    torch.testing.assert_close(rule(torch.tensor([0.5, 0.5]), apart, 0.99), torch.tensor([0.25, 0.5]))
+
+
+def test_raven_of_the_same_supervisor_twice_is_naive_bit_for_bit(tiny, tmp_path):
+    twice = [*tiny[:4], tiny[3], *tiny[4:]]
+    w = weights(go(twice, tmp_path, "--methods", "naive", "ensemble", "raven"))
+    assert w["naive"] == w["ensemble"] == w["raven"]
 
 
 def test_two_stage_by_hand_and_keep_all_is_naive(tiny, tmp_path, monkeypatch):
@@ -175,27 +191,27 @@ def test_label_model_finds_known_accuracies_within_two_standard_errors(abstain):
     known, n, z = torch.tensor((0.9, 0.85, 0.8, 0.85, 0.9, 0.75, 0.8, 0.85, 0.7)), 4000, []
     for seed in range(5):
         truth, said = votes(seed, known.tolist(), n, abstain)
-        found = s.label_model(said)
-        z.append((found.accuracy - known) / (known * (1 - known) / (n * (1 - abstain))) ** 0.5)
+        p, accuracies = s.label_model(said)
+        z.append((accuracies - known) / (known * (1 - known) / (n * (1 - abstain))) ** 0.5)
     z = torch.stack(z)
     assert (z.abs() < 2).double().mean() > 0.9 and z.abs().max() < 3.5 and abs(z.mean()) < 0.3
-    right = ((found.p > 0.5) == (truth > 0.5)).double().mean()
+    right = ((p > 0.5) == (truth > 0.5)).double().mean()
     assert right > ((said.nanmean(0) > 0.5) == (truth > 0.5)).double().mean() and right > 0.98
-    sure = found.p > 0.99                       # calibrated: what it is sure of is right
-    assert abs(float(truth[sure].mean() - found.p[sure].mean())) < 0.01
+    sure = p > 0.99                             # calibrated: what it is sure of is right
+    assert abs(float(truth[sure].mean() - p[sure].mean())) < 0.01
 
 
 def test_label_model_is_the_posterior_of_its_own_accuracies():
     _, said = votes(5, (0.9, 0.7, 0.6), 500, 0.2)
-    found = s.label_model(said)
+    p, accuracies = s.label_model(said)
     for i in range(0, 500, 50):
         yes, no = 1.0, 1.0
-        for vote, a in zip(said[:, i].tolist(), found.accuracy.tolist()):
+        for vote, a in zip(said[:, i].tolist(), accuracies.tolist()):
             if vote == vote:
                 yes *= a if vote else 1 - a
                 no *= 1 - a if vote else a
-        prior = float(found.p.double().mean())
-        assert float(found.p[i]) == pytest.approx(prior * yes / (prior * yes + (1 - prior) * no), abs=1e-4)
+        prior = float(p.double().mean())
+        assert float(p[i]) == pytest.approx(prior * yes / (prior * yes + (1 - prior) * no), abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- labels in
@@ -213,10 +229,10 @@ def test_labels_of_annotators_need_no_weak_model(tiny, tmp_path):
     expected = np.where(np.isnan(every[0]), np.nanmean(every, 0), every[0])
     np.testing.assert_allclose(data["seed0/transfer/weak"], expected, atol=1e-7)
     np.testing.assert_allclose(data["seed0/transfer/label/ensemble"], np.nanmean(every, 0), atol=1e-7)
-    assert list(result["models"]) == ["strong"] and not any(
+    assert result["models"]["weak"] == [] and not any(
         stage["name"].startswith(("cross", "weak")) for stage in result["stages"])
     methods = result["metrics"]["methods"]
-    assert methods["weak"]["accuracy"] is None and methods["naive"]["accuracy"] > 0.3
+    assert methods["weak"]["accuracy"] is None and methods["naive"]["accuracy"] is not None
     assert all(row["pgr"] is None for row in methods.values()) and result["metrics"]["pgr_defined"] is None
     used = {name: row["ground_truth_labels"] for name, row in methods.items()}
     n = result["seeds"][0]["n"]["labelled"]
@@ -225,7 +241,7 @@ def test_labels_of_annotators_need_no_weak_model(tiny, tmp_path):
     line = next(x for x in s.table(result["metrics"]).splitlines() if x.startswith("weak "))
     assert line.split()[1] == "-"
     page = next(tmp_path.glob("*/*/report.html")).read_text("utf-8")
-    assert "labels as they came" in page
+    assert "labels as they came" in page and "cross-fitted" not in page
 
 
 def test_labels_of_d_l_are_taken_as_they_stand(tiny, tmp_path):
@@ -235,7 +251,7 @@ def test_labels_of_d_l_are_taken_as_they_stand(tiny, tmp_path):
         said = [x[item.option] for x in by_id[item.question_id]["weak"].values() if x]
         first = by_id[item.question_id]["weak"]["ann"]
         assert p == pytest.approx(first[item.option] if first else sum(said) / len(said))
-    assert all(torch.equal(fold, prep.transfer.weak) for fold in prep.weak.by_fold)
+    assert all(torch.equal(fold, prep.transfer.weak) for fold in prep.supervised.by_fold)
     assert prep.test.weak.isnan().all()
 
 
@@ -249,9 +265,11 @@ def test_models_come_before_a_files_labels_and_test_labels_count(tiny, tmp_path)
     assert both["seeds"][0]["supervisors"] == ["weak", "ann", "bob", "cy"]
     assert weights(both)["naive"] == weights(plain)["naive"] != weights(both)["ensemble"]
     alone = go(argv, tmp_path / "c", "--methods", "naive", "ceiling")
-    share = np.mean([item.endswith("/0") for item in arrays(alone, tmp_path / "c")["seed0/test/id"]])
-    assert alone["metrics"]["methods"]["weak"]["accuracy"] is not None and 0 < share < 1
+    assert alone["metrics"]["methods"]["weak"]["accuracy"] is not None
     assert alone["metrics"]["pgr_defined"] is not None
+    data = arrays(alone, tmp_path / "c")
+    said = [0.7 if item.endswith("/0") else 0.1 for item in data["seed0/test/id"]]
+    np.testing.assert_allclose(data["seed0/test/p/weak"], said, atol=1e-6)
 
 
 def test_yes_no_and_repeated_options_keep_their_probabilities(tmp_path):
@@ -273,9 +291,11 @@ PROBABILITIES = "must be null or 4 probabilities, one per option, that sum to 1"
 @pytest.mark.parametrize("weak, says", [
     ([0.5, 0.5], PROBABILITIES), ([0.2, 0.2, 0.2, 0.2], PROBABILITIES), ([2, -1, 0, 0], PROBABILITIES),
     ([1, 0, 0, "0"], PROBABILITIES), ([True, False, False, False], PROBABILITIES), (0.5, "must be list or dict"),
-    ({"ann": [1, 0, 0, 0], "eve": None, "cy": None}, "by ann, cy, eve, not by ann, bob, cy"),
-    ({"ann": [1, 0, 0, 0]}, "by ann, not by"), ({}, "by nobody, not by"), (None, "by nobody, not by"),
-    ({"ann": None, "bob": None, "cy": None}, "one supervisor must label"), ({"ann": {}}, PROBABILITIES)])
+    ({"ann": [1, 0, 0, 0], "eve": None, "cy": None}, "by 'ann', 'cy', 'eve', not by 'ann', 'bob', 'cy'"),
+    ({"ann": [1, 0, 0, 0]}, "by 'ann', not by"), ({}, "by nobody, not by"), (None, "by nobody, not by"),
+    ({"ann": None, "bob": None, "cy": None}, "one supervisor must label"), ({"ann": {}}, PROBABILITIES),
+    ([float("nan"), 1, 0, 0], PROBABILITIES), ([[1, 0, 0, 0]], PROBABILITIES), ([0] * 10 ** 5, PROBABILITIES),
+    ({"a\nb": [1, 0, 0, 0]}, r"by 'a\nb', not by"), ({"": [1, 0, 0, 0]}, "by '', not by")])
 def test_bad_weak_labels_are_named_with_file_and_line(tiny, tmp_path, capsys, weak, says):
     def spoil(row, i):
         if i == 4:
@@ -283,7 +303,7 @@ def test_bad_weak_labels_are_named_with_file_and_line(tiny, tmp_path, capsys, we
     argv, _ = annotated(tiny, tmp_path, spoil)
     assert s.main([*argv, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert f"{argv[1]}:5: " in error and says in error and error.count("\n") == 1
+    assert f"{argv[1]}:5: " in error and says in error and error.count("\n") == 1 and len(error) < 500
     assert not (tmp_path / "out/task").exists()
 
 
@@ -293,23 +313,85 @@ def test_no_labels_and_no_weak_model_is_one_line(tiny, tmp_path, capsys):
     assert 'needs --weak MODEL, or "weak" labels' in error and error.count("\n") == 1
 
 
-def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_path):
-    """Answers of D_u and test turned in the file, labels as they were: no other weight changes."""
-    argv, rows = annotated(tiny, tmp_path)
-    methods = ("--methods", *(m for m in s.METHODS if m != "oracle"), "--limit", "0")
-    task = s.load_task(argv[1])
-    drawn = s.items(task.train, protocol="paper", seed=0)
-    labelled, transfer = s.halves(drawn, task.train, protocol="paper", seed=0)
-    prep = s.prepare(set_up(argv, tmp_path / "p"), 0)
-    turned = prep._replace(**{name: getattr(prep, name)._replace(
-        items=[item._replace(label=1 - item.label) for item in getattr(prep, name).items])
-        for name in ("transfer", "test")})
-    setup = set_up(argv, tmp_path / "p", *methods)
-    known = s.know(setup.config, prep, "probe")
-    for method in setup.config.methods[2:]:
-        a, b = (s.student(method, setup, some, known, s.select(setup.config, some, known.learn, known.transfer))
-                for some in (prep, turned))
-        assert (a.weights == b.weights) == (method != "ceiling"), method
+def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_path, monkeypatch):
+    """Items and questions of D_u and test get other answers, the file's labels stay: no other weight moves."""
+    argv, _ = annotated(tiny, tmp_path)
+    methods = ("--methods", *(m for m in s.METHODS if m != "oracle"))
+    clean, task = go(argv, tmp_path / "clean", *methods), s.load_task(argv[1])
+    _, transfer = s.halves(s.items(task.train, protocol="paper", seed=0), task.train, protocol="paper", seed=0)
+    hidden, real = {item.question_id for item in transfer} | {q.id for q in task.test}, s.items
+    by_id = {q.id: q for q in task.train + task.test}
+
+    def items(questions, **how):
+        drawn = real([by_id[q.id] for q in questions], **how)
+        return [item._replace(label=1 - item.label) if item.question_id in hidden else item for item in drawn]
+
+    def poisoned(questions):
+        return [q._replace(answer=(q.answer + 1) % 4) if q.id in hidden else q for q in questions]
+    monkeypatch.setattr(s, "items", items)
+    monkeypatch.setattr(s, "load_task", lambda *a, **k: task._replace(
+        train=poisoned(task.train), test=poisoned(task.test)))
+    a, b = weights(clean), weights(go(argv, tmp_path / "dirty", *methods))
+    assert {name for name in a if a[name] != b[name]} == {"ceiling"} and "raven" in a
+
+
+@pytest.mark.parametrize("flags", [("--protocol", "openai"), ("--shots", "2"), ("--student", "answer"),
+                                   ("--tune", "head"), ("--tune", "lora"), ("--own", "judge"), ("--folds", "3"),
+                                   ("--analysis", "difficulty"), ("--seeds", "0", "1")])
+def test_labels_of_a_file_go_with_every_flag(tiny, tmp_path, flags):
+    """Hard votes of one annotator who never abstains, as integers."""
+    def vote(row, i):
+        if row["split"] == "train":
+            row["weak"] = [int(j == (row["answer"] + (i % 4 == 0)) % 4) for j in range(4)]
+    argv, _ = annotated(tiny, tmp_path, vote)
+    result = go(argv, tmp_path, "--methods", "naive", "self-only", "ensemble", "raven", *flags)
+    data = arrays(result, tmp_path)
+    assert result["seeds"][0]["supervisors"] == ["weak"]
+    assert set(data["seed0/transfer/weak"].tolist()) == {0.0, 1.0}
+    w = weights(result)
+    assert w["naive"] == w["ensemble"] == w["raven"] != w["self-only"]
+
+
+def test_a_yes_no_task_with_votes_runs(tiny, tmp_path):
+    rows = [{"question": f"is thing {i} red", "options": ["yes", "no"], "answer": i % 3 % 2, "id": f"q{i}",
+             "split": "train" if i < 60 else "test", "weak": [i % 2, 1 - i % 2]} for i in range(90)]
+    file = tmp_path / "yesno.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = go(["--task", str(file), *tiny[4:]], tmp_path, "--methods", "naive")
+    data = arrays(result, tmp_path)
+    for part in ("transfer", "test"):
+        said = [int(item[1:].split("/")[0]) % 2 for item in data[f"seed0/{part}/id"]]
+        assert said == data[f"seed0/{part}/p/weak"].tolist()
+
+
+def test_merge_and_rerun_know_a_files_labels(tiny, tmp_path, capsys):
+    argv, _ = annotated(tiny, tmp_path)
+    flags = ("--methods", "naive", "two-stage")
+    both = go(argv, tmp_path / "both", *flags, "--seeds", "0", "1")
+    for seed in "01":
+        go(argv, tmp_path / seed, *flags, "--seeds", seed)
+    files = [str(next((tmp_path / seed).glob("*/*/result.json"))) for seed in "01"]
+    assert s.main(["--merge", *files, "--out", str(tmp_path / "merged")]) == 0
+    merged = json.loads(next((tmp_path / "merged").glob("*/*/result.json")).read_text("utf-8"))
+    assert merged["metrics"] == json.loads(json.dumps(both["metrics"]))
+    assert s.main(["--rerun", files[0], "--out", str(tmp_path / "again")]) == 0
+    assert "the same as" in capsys.readouterr().out
+    old = json.loads(open(files[0], encoding="utf-8").read())
+    (tmp_path / "old.json").write_text(json.dumps(old | {"schema": 2}))
+    assert s.main(["--rerun", str(tmp_path / "old.json")]) == 2
+    assert "schema 2, this program's is 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--keep", "weak"), ("--analysis", "representation")])
+def test_what_needs_a_weak_model_says_so(tiny, tmp_path, capsys, flags):
+    argv, _ = annotated(tiny, tmp_path)
+    assert s.main([*argv, "--out", str(tmp_path / "out"), "--methods", "weak", *flags]) == 2
+    assert capsys.readouterr().err == "selw2s: --keep weak and --analysis representation need --weak MODEL\n"
+
+
+def test_titles_are_given_once():
+    assert s.titled(["a/m", "b/m", "c"], 2) == ["m", "m #2", "m #3", "m #4", "c", "c #2"]
+    assert s.titled(["m", "m #2", "m"], 1) == ["m", "m #2", "m #3"]
 
 
 # -------------------------------------------------------------------------------------------------------- debate
@@ -324,7 +406,7 @@ def test_every_supervisor_reads_its_own_transcript(tiny, tmp_path, monkeypatch):
         seen.append((name, seed, inputs))
         return real(name, setup, start, inputs, targets, ask, seed, rule)
     setup = set_up(argv, tmp_path, "--methods", "ensemble", "debate")
-    prep, tokenizer = s.prepare(setup, 0), setup.weak[0].tokenizer
+    prep, tokenizer = s.prepare(setup, 0), setup.supervisors[0].model.tokenizer
     monkeypatch.setattr(s, "finetuned", spy)
     labels = s.debate(setup, prep)
     place = {row["id"]: i for i, row in enumerate(rows)}
@@ -332,9 +414,18 @@ def test_every_supervisor_reads_its_own_transcript(tiny, tmp_path, monkeypatch):
         assert seed == 1000 * number and name == f"debate {number + 1}"
         texts = [f"{word} {place[item.question_id]}\n{item.text}" for item in prep.labelled.items]
         assert inputs == tokenizer.encode(texts)
-    assert (labels != prep.weak.every).any(1).all() and labels.shape == prep.weak.every.shape
+    assert (labels != prep.supervised.every).any(1).all() and labels.shape == prep.supervised.every.shape
     result = go(argv, tmp_path / "run", "--methods", "ensemble", "debate")
     assert weights(result)["ensemble"] != weights(result)["debate"]
+
+
+def test_a_transcript_over_the_context_is_one_line(tiny, tmp_path, capsys):
+    def long(row, i):
+        row["transcripts"] = ["word " * (400 if i == 9 else 2)]
+    argv, _ = annotated(tiny, tmp_path, long, names=())
+    assert s.main([*argv, *tiny[2:4], "--out", str(tmp_path / "out"), "--methods", "debate"]) == 2
+    error = capsys.readouterr().err
+    assert "question q9: with its transcript for weak it has" in error and error.count("\n") == 1
 
 
 def test_transcripts_that_are_not_one_per_supervisor_are_refused(tiny, tmp_path, capsys):
@@ -383,3 +474,11 @@ def test_representation_compares_weak_models(tiny, tmp_path):
     assert (np.mean([row["predicted_error"] for row in result["analysis"]["strong"]])
             < np.mean([row["predicted_error"] for row in result["analysis"]["weak"]]))
     assert (next(tmp_path.glob("*/*/result.json")).parent / "analysis.svg").exists()
+
+
+@pytest.mark.slow
+def test_every_method_with_three_supervisors_takes_under_four_minutes_on_the_demo(tmp_path):
+    import time
+    start = time.perf_counter()
+    result = s.run(s.parse(["--methods", "all", "--weak-seeds", "3", "--out", str(tmp_path)]))
+    assert time.perf_counter() - start < 240 and len(result["metrics"]["methods"]) == len(s.METHODS)

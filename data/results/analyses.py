@@ -132,7 +132,7 @@ def analysis_table(name: str, rows: dict[str, list[dict]]) -> str:
 
 
 def representation(setup, tasks: dict) -> dict:
-    """Per weak model ||P_s (I - P_w)|| on D_u (arXiv 2502.00620): what the strong model represents and the
+    """Per supervisor ||P_s (I - P_w)|| on D_u (arXiv 2502.00620): what the strong model represents and the
     weak one does not; the error that this predicts of a student of the weak labels against the ceiling; and
     that error, mean (naive - ceiling)^2 on D_u, of two students that are trained for it."""
     import selw2s
@@ -141,13 +141,12 @@ def representation(setup, tasks: dict) -> dict:
         prep = selw2s.prepare(setup, seed)
         truth, strong = hidden_truth(prep.transfer), prep.transfer.item_state[:, -1]
         ceiling = selw2s.student("ceiling", kept_nowhere(setup), prep, None, None).transfer
-        for i, weak in enumerate(setup.weak):
-            norm, error = lacking(strong, selw2s.item_states(setup, weak, prep.transfer), truth)
-            number = i * setup.config.weak_seeds
-            labels, name = prep.weak.every[number], selw2s.supervisor_names(setup)[number]
+        for i, supervisor in enumerate(setup.supervisors):
+            norm, error = lacking(strong, selw2s.item_states(setup, supervisor.model, prep.transfer), truth)
+            labels = prep.supervised.every[i]
             its = prep._replace(transfer=prep.transfer._replace(weak=labels))
             naive = selw2s.student("naive", kept_nowhere(setup), its, None, None)
-            out.setdefault(name, []).append({
+            out.setdefault(supervisor.title, []).append({
                 "seed": seed, "norm": norm, "predicted_error": error,
                 "error": float(((naive.transfer - ceiling).double() ** 2).mean()),
                 "label_accuracy": accuracy(labels, truth),
@@ -184,10 +183,10 @@ def analyse(setup) -> dict:
     import selw2s
     config, tasks = setup.config, {setup.config.task: setup.task}
     if config.analysis == "cross-task":
-        tasks = {}
+        tasks, models = {}, (*(supervisor.model for supervisor in setup.supervisors), setup.strong)
         for name in DEMO[1:] if config.task in DEMO else OFFICIAL:
             loaded = load_task(name, data_dir=config.data_dir or None)
-            tasks[name], _ = selw2s.fitted(loaded, (*setup.weak, setup.strong), config, setup.stages.tell)
+            tasks[name], _ = selw2s.fitted(loaded, models, config, setup.stages.tell)
     out = ANALYSES[config.analysis](setup, tasks)
     print(f"\n{analysis_table(config.analysis, out)}")
     return out

@@ -60,7 +60,9 @@ def draw_pipeline(plt, result):
                            f"{part('refined', 'unrouted')} right"),
         "student": (5.4, 1, f"7 student\nlabels: {part('label/selective', 'all')} right\n"
                             f"test accuracy {methods['selective']['accuracy']:.3f}")}
-    arrows = (("data", "weak", "D_l with truth"), ("data", "own", ""), ("own", "know", "hidden states"),
+    given = "" if result["metrics"]["supervisor"].get("trained", True) else "labels came with it"
+    arrows = (("data", "weak", given or "D_l with truth"), ("data", "own", ""),
+              ("own", "know", "hidden states"),
               ("know", "route", ""), ("weak", "smooth", "soft labels"), ("route", "smooth", ""),
               ("route", "student", f"own labels:\n{part('own', 'routed')} right"),
               ("smooth", "student", "weak labels"))

@@ -14,9 +14,14 @@ from torch import Tensor
 from data import column_of
 
 
+def true_labels(items: list) -> Tensor:
+    """(n,) ground truth of items of D_l."""
+    return torch.tensor([float(item.label) for item in items])
+
+
 def hidden_truth(part) -> Tensor:
     """(n,) ground truth of any part (selw2s.Part): for the ceiling, the oracle and the metrics only."""
-    return torch.tensor([float(item.label) for item in part.items])
+    return true_labels(part.items)
 
 
 def right_option(config, items: list, questions: list) -> Tensor:

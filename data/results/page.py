@@ -110,6 +110,7 @@ def steps(result: dict) -> list[str]:
     seeds, d = result["seeds"], [seed["diagnostics"] for seed in result["seeds"]]
     n = {name: round(np.mean([seed["n"][name] for seed in seeds])) for name in seeds[0]["n"]}
     u, view = n["transfer"], result["metrics"]["supervisor"]
+    made = "cross-fitted" if view["trained"] else "as they came"
 
     def right(source, rows):
         value = mean_of([x["label_accuracy"][source] for x in d], rows)
@@ -119,7 +120,7 @@ def steps(result: dict) -> list[str]:
     alphas = ", ".join(f"{seed['smoothing']['alpha']:g}" for seed in seeds)
     return [f"split: D_l {n['labelled']:,}, D_u {u:,}, test {n['test']:,} items",
             f"weak supervisor: {view['actual']:.3f} of its labels of D_u right (n = {u:,}), on D_l, "
-            f"cross-fitted, {view['cross_fitted']:.3f} (n = {n['labelled']:,})",
+            f"{made}, {view['cross_fitted']:.3f} (n = {n['labelled']:,})",
             f"own answers: {own:.3f} of D_u's questions answered right (n = {u:,})",
             f"P(IK): AUROC {area:.3f} on D_u (n = {u:,})",
             f"route: own label on {routed:.3f} of D_u (n = {used:,}): {right('own', 'routed')}",

@@ -195,12 +195,12 @@ def remarks(metrics: dict) -> list[str]:
     if "oracle" in metrics["methods"]:
         lines[0] += "; * knows the hidden truth: not attainable"
     view = metrics["supervisor"]
-    made = "cross-fitted" if view["trained"] else "labels as they came"
+    made, remedy = ("cross-fitted", "; use more --folds") if view["trained"] else ("labels as they came", "")
     lines.append(f"weak supervisor: {view['cross_fitted']:.3f} right on D_l, {made}; "
                  f"{view['actual']:.3f} on D_u")
     if abs(view["standard_errors"]) > 3:
         lines.append(f"WARNING: these differ by {abs(view['standard_errors']):.1f} standard errors: what was "
-                     "chosen on D_l was chosen for another supervisor; use more --folds")
+                     f"chosen on D_l was chosen for another supervisor{remedy}")
     if metrics["pgr_defined"] is False:
         gap = metrics["gap"]
         lines.append(f"PGR undefined: the ceiling is {gap['mean']:+.3f} from the weak model, "

@@ -20,6 +20,7 @@ from data.results.metrics import accuracy, hidden_truth, own_right
 from data.results.report import diagnose, summarise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SCHEMA = 3      # of result.json, items.npz, labels.jsonl
 
 
 def sources() -> dict[str, str]:
@@ -47,12 +48,20 @@ OF_WEAK = ("weak", "naive", "logconf", "product", "confidence-only", "ensemble",
 def truth_used(setup, prep) -> dict[str, int]:
     """Ground-truth labels that a method used; those not named here: all of D_l."""
     n_l, n_u, shots = len(prep.labelled.items), len(prep.transfer.items), setup.config.shots
-    used = dict.fromkeys(OF_WEAK, n_l if setup.weak else 0)
+    used = dict.fromkeys(OF_WEAK, n_l if setup.supervisors else 0)
     return used | {"ceiling": n_u, "self-only": shots, "zero-shot": shots, "oracle": n_l + n_u,
-                   "label-model": n_l if setup.weak else shots}
+                   "label-model": n_l if setup.supervisors else shots}
 
 
-def record(setup, prep, known: dict, s, done: dict, supervisors: list[str], homophily: float) -> dict:
+def titles(setup) -> list[str]:
+    """Of every supervisor, those that are trained first, then those of the task's file; each once."""
+    out = [supervisor.title for supervisor in setup.supervisors]
+    for name, _ in setup.task.train[0].weak:
+        out.append(name if name not in out else f"{name} (file)")
+    return out
+
+
+def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
     """One seed's arrays and choices, as named in items.npz and result.json. Of selw2s: setup: Setup, prep:
     Prepared, known: Known by router, s: Selected, done: Predictions by method."""
     config, u = setup.config, prep.transfer
@@ -63,11 +72,11 @@ def record(setup, prep, known: dict, s, done: dict, supervisors: list[str], homo
     transfer |= {name: x.numpy() for name, x in {
         "weak": u.weak, "tau": s.tau, "is_self": s.is_self, "refined": s.refined,
         "smoothed_weak": s.smoothed_weak,
-        **{f"weak/{i}": labels for i, labels in enumerate(prep.weak.every)},
+        **{f"weak/{i}": labels for i, labels in enumerate(prep.supervised.every)},
         **{f"label/{method}": out.labels for method, out in done.items() if out.labels is not None}}.items()}
     return {"seed": prep.seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule,
             "layer": known[config.route].layer, "l2": known[config.route].probe.l2,
-            "supervisors": supervisors, "trained": len(setup.weak) > 0,
+            "supervisors": titles(setup), "trained": len(setup.supervisors) > 0,
             "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
             "homophily": homophily, "truth_used": truth_used(setup, prep),
@@ -79,17 +88,22 @@ def record(setup, prep, known: dict, s, done: dict, supervisors: list[str], homo
                       "candidate": [q.options[item.option] for item, q in zip(u.items, u.questions)]}}
 
 
+def model_of(start) -> dict:
+    """What result.json says of a model; start: selw2s.Pretrained."""
+    return {"sha256": start.sha256, "revision": start.network.revision, "lr": start.lr}
+
+
 def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -> dict:
     """What result.json holds; setup: selw2s.Setup; runs: one per seed (selw2s.record)."""
     config, task, stages = setup.config, setup.task, setup.stages
     gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
     return {
-        "schema": 2, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]), "config": asdict(config),
-        "code": sources(),
+        "schema": SCHEMA, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]),
+        "config": asdict(config), "code": sources(),
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},
-        "models": {name: {"sha256": model.sha256, "revision": model.network.revision, "lr": model.lr}
-                   for name, model in setup.models().items()},
+        "models": {"weak": [model_of(s.model) for s in setup.supervisors if not s.order],
+                   "strong": model_of(setup.strong)},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                 "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
         "stages": stages.log, "seconds": round(seconds, 2), **measured(runs, config.methods),
@@ -109,7 +123,7 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     """<out>/<task>/<run id>/items.npz, labels.jsonl, then result.json, each under a temporary name first: a
     result.json is always a whole one. Returns the folder."""
     identity = {k: v for k, v in result["config"].items() if k not in ("out", "data_dir")}
-    models = [model["sha256"] for model in result["models"].values()]
+    models = [model["sha256"] for model in (*result["models"]["weak"], result["models"]["strong"])]
     run_id = digest(identity, result["data"]["sha256"], models, result["code"])[:12]
     folder = Path(out) / result["data"]["name"] / run_id
     arrays = {f"seed{r['seed']}/{part}/{name}": array
@@ -124,10 +138,44 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     return folder
 
 
-def read_run(path: str) -> tuple[dict, list[dict]]:
-    """A result.json and its seeds' arrays and texts from items.npz and labels.jsonl beside it; DataError."""
+def recorded(path: str) -> dict:
+    """A result.json; DataError if it is none, or of another version of this program."""
     try:
         result = json.loads(Path(path).read_text("utf-8"))
+        missing = [key for key in ("config", "metrics", "analysis", *INPUTS) if key not in result]
+        if missing:
+            raise ValueError(f"without {missing[0]}")
+        if result.get("schema") != SCHEMA:
+            raise ValueError(f"schema {result.get('schema')!r:.20}, this program's is {SCHEMA}")
+        for value in (result["config"], result["metrics"]["methods"]):
+            dict(value.items())     # AttributeError if it is none
+        return result
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a result.json of this program ({error})") from None
+
+
+INPUTS = ("code", "data", "models", "env")      # what a result depends on beside its configuration
+
+
+def compared(old: dict, new: dict, path: str) -> str:
+    """What a run repeated came to; DataError naming what came out differently, and what differs of the inputs
+    (code, data, models, environment), where to look."""
+    before, after = old["metrics"]["methods"], new["metrics"]["methods"]
+    moved = [part for part in INPUTS if old[part] != new[part]]
+    differ = [name for name in after | before if before.get(name) != after.get(name)]
+    if old["analysis"] != new["analysis"]:
+        differ.append("the analysis")
+    if differ:
+        raise DataError(f"not the same as {path}: {', '.join(differ)}; "
+                        f"differing inputs: {', '.join(moved) or 'none'}")
+    remark = f", though {', '.join(moved)} differ" if moved else ""
+    return f"the same as {path} in every method's metrics and weights{remark}"
+
+
+def read_run(path: str) -> tuple[dict, list[dict]]:
+    """A result.json and its seeds' arrays and texts from items.npz and labels.jsonl beside it; DataError."""
+    result = recorded(path)
+    try:
         runs = [dict(seed, transfer={}, test={}) for seed in result["seeds"]]
         with np.load(Path(path).with_name("items.npz"), allow_pickle=False) as arrays:
             for run in runs:

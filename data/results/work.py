@@ -79,7 +79,7 @@ def mean_sizes(tokenizer, questions: list[Question]) -> tuple[Size, Size]:
 
 EXTRA = {       # students that an analysis trains per seed beside those of --methods
     "cross-task": {"selective": 9}, "difficulty": {"selective": 3},
-    "sweep": {"route-only": 9, "graph-only": 19}, "representation": {}, "": {}}
+    "sweep": {"route-only": 9, "graph-only": 19}, "representation": {"ceiling": 1, "naive": 1}, "": {}}
 
 
 def ahead(setup) -> dict[str, tuple[str, float, int]]:
@@ -98,11 +98,11 @@ def ahead(setup) -> dict[str, tuple[str, float, int]]:
         return (finetuning(model.network, item.times(learn), checkpoint=model.large, **settings)
                 + reading(model.network, item.times(asked)) + reading(model.network, test))
     out, one, none = {}, 1 / config.folds, Size(0, 0)
-    for i, weak in enumerate(setup.weak):
+    for i, supervisor in enumerate(setup.supervisors):
+        weak = supervisor.model
         (w_train, _), (w_test, _) = (mean_sizes(weak.tokenizer, part) for part in parts)
         work = trained(weak, w_train, w_test.times(n_test), n_half, n_half)
-        for number in range(i * config.weak_seeds, (i + 1) * config.weak_seeds):
-            out["weak" if number == 0 else f"weak {number + 1}"] = ("finetune weak", work, seeds)
+        out[f"weak {i + 1}" if i else "weak"] = ("finetune weak", work, seeds)
         for f in range(config.folds if i == 0 else 0):
             work = trained(weak, w_train, none, n_half * (1 - one), n_half * (1 + one))
             out[f"cross-{f}"] = ("finetune weak", work, seeds)
