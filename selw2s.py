@@ -1214,7 +1214,7 @@ def titled(sources, orders: int) -> list[str]:
     return out
 
 
-def set_up(config: Config, tell) -> tuple[Setup, dict]:
+def set_up(config: Config, stages: Stages) -> tuple[Setup, dict]:
     """Task and models loaded, and how many questions had to be changed. DataError for what the task's file
     and the flags do not give each other."""
     task, sources = load_task(config.task, data_dir=config.data_dir or None), config.weak
@@ -1230,12 +1230,11 @@ def set_up(config: Config, tell) -> tuple[Setup, dict]:
                         "supervisors: give as many, --weak A B C or --weak-seeds K")
     weak = [pretrained(source, False, config) for source in sources]
     strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
-    strong.network.check_head()
-    task, counts = fitted(task, (*weak, strong), config, tell)
+    task, counts = fitted(task, (*weak, strong), config, stages.tell)
     each = [(model, order) for model in weak for order in range(config.weak_seeds)]
     titles = titled(sources, config.weak_seeds)
     supervisors = tuple(Supervisor(title, *one) for title, one in zip(titles, each))
-    setup = Setup(config, task, supervisors, strong, Stages(Path(config.out) / "cache", tell, config.device))
+    setup = Setup(config, task, supervisors, strong, stages)
     if "debate" in config.methods:
         check_transcripts(setup)
     return setup, counts
@@ -1267,7 +1266,8 @@ def run(config: Config) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     print(described(config))
-    setup, counts = set_up(config, tell)
+    setup, counts = set_up(config, Stages(Path(config.out) / "cache", tell, config.device))
+    setup.strong.network.check_head()
     setup.stages.progress.ahead = ahead(setup)
     runs = [one_seed(setup, seed) for seed in config.seeds]
     analysis = None

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import selw2s
+from data.cache import Stages
 from data.results.metrics import accuracy, hidden_truth
 
 
@@ -66,7 +67,7 @@ def measure(prep, config) -> dict:
 
 def main() -> None:
     config = selw2s.parse()
-    (setup, _), rows = selw2s.set_up(config, print), []
+    (setup, _), rows = selw2s.set_up(config, Stages(Path(config.out) / "cache", print, config.device)), []
     for seed in config.seeds:
         prep = selw2s.prepare(setup, seed)
         rows.append({"task": setup.task.name, "seed": seed, "folds": config.folds, **measure(prep, config)})

@@ -127,6 +127,9 @@ def own_rows() -> list[dict]:
     for row in rows[::4]:
         row |= {"options": ["yes", "no"], "answer": row["answer"] % 2, "context": "A passage.",
                 "group": row["id"]}
+    for row in rows:
+        said = [0.5, 0.5] + [0.0] * (len(row["options"]) - 2)
+        row |= {"weak": {"ann": said, "bob": None}, "transcripts": ["one", "two"]}
     return rows
 
 

@@ -13,6 +13,7 @@ import torch
 
 import selw2s
 from conftest import ROOT, same_bits
+from data.cache import Stages
 from data.results.metrics import hidden_truth, own_right, right_option
 from selw2s import METHODS
 
@@ -274,7 +275,8 @@ def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flag
 def set_up(tiny, out, *flags, told=None):
     """Everything a run shares; told: a list that gets its lines."""
     config = selw2s.parse([*tiny, "--out", str(out), *flags])
-    return selw2s.set_up(config, (told if told is not None else []).append)[0]
+    stages = Stages(Path(out) / "cache", (told if told is not None else []).append)
+    return selw2s.set_up(config, stages)[0]
 
 
 def test_nothing_learns_from_a_question_whose_group_is_a_shot(tiny, tmp_path):
