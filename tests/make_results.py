@@ -289,6 +289,22 @@ def choice_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def routing_table(_: str) -> str:
+    """Labels of D_u right by router and rule of tau (tests/bench_routing.py)."""
+    rows = json.loads((RESULTS / "routing.json").read_text("utf-8"))
+    lines = [row_of(["task, seed", "router", "AUROC", "answers", "labels", "item", "fused", "weak", "own"]),
+             "|---" * 9 + "|"]
+    for row in rows:
+        for router, of in row["routers"].items():
+            best = max(of["rules"], key=lambda rule: of["rules"][rule]["on D_l"])
+            cells = {rule: f"{r['on D_u']:.3f}" for rule, r in of["rules"].items()}
+            cells[best] = f"**{cells[best]}**"
+            lines.append(row_of([f"{row['task']}, {row['seed']}", router, f"{of['auroc']:.3f}", *cells.values(),
+                                 *(f"{x:.3f}" for x in (of["fused"], row["weak"], row["own"]))]))
+    commands = dict.fromkeys(row["command"] for row in rows)
+    return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
+
+
 def decisions_table(text: str) -> str:
     """The table of decisions, its last column filled in: effects on the selective student."""
     rows = json.loads((RESULTS / "decisions.json").read_text("utf-8"))["rows"]
@@ -345,7 +361,7 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*REAL, *TASKS]), "
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
          "analysis": analysis_table, "representation": representation_table,
          "smoothing": smoothing_table, "choice": choice_table,
-         "decisions": decisions_table}
+         "routing": routing_table, "decisions": decisions_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 
