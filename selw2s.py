@@ -94,6 +94,8 @@ class Config:
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
+    plan: bool = flag(False, "print operations, memory and hours of the run, by config.json, tokenizer and data "
+                             "alone", action="store_true")
     rerun: str = flag("", "repeat the run of a result.json and compare", metavar="FILE")
     out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
 
@@ -158,7 +160,7 @@ def described(config: Config) -> str:
     """The resolved configuration as the program prints it first."""
     words = []
     for name, value in asdict(config).items():
-        if value not in ("", ()):
+        if value not in ("", ()) and value is not False:
             words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
                          break_long_words=False, break_on_hyphens=False)
@@ -178,7 +180,9 @@ def parser() -> argparse.ArgumentParser:
                     "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
     out.error = error
     for f in fields(Config):
-        spec = {"type": {"int": int, "float": float, "object": number}.get(f.type, str)} | f.metadata
+        kinds = {} if f.type == "bool" else {
+            "type": {"int": int, "float": float, "object": number}.get(f.type, str)}
+        spec = kinds | f.metadata
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if f.name == "methods":
             default = "default set"
@@ -238,14 +242,16 @@ from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy
 from data.results.page import write_page
+from data.results.plan import ahead, plan
 from data.results.report import shown, table
 from data.results.store import merged, result_of, write
-from data.results.work import ahead, reading, size_of, stage_work
+from data.results.work import reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import affinity, knn, normalise, propagate
 from model import Answerer, Choice, Classifier, TrainError, finetune, load, out_of_memory, read
 
 HERE = Path(__file__).resolve().parent
+LARGE = 1e9     # parameters from which a model's activations are recomputed in the backward pass
 
 
 # --------------------------------------------------------------------------------------------- the two models
@@ -255,7 +261,7 @@ class Pretrained(NamedTuple):
     tokenizer: object
     sha256: str         # of its files
     lr: float
-    large: bool         # a billion parameters or more: activations are recomputed in the backward pass
+    large: bool         # LARGE or more
 
 
 def learning_rate(size: int, answers: bool, config: Config) -> float:
@@ -282,7 +288,7 @@ def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= 1e9)
+    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= LARGE)
 
 
 class Outcome(NamedTuple):
@@ -311,7 +317,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
     keep, progress = name == config.keep, setup.stages.progress
-    work = stage_work(start.network, inputs, ask, settings)
+    work = stage_work(start.network, inputs, ask, settings, rule)
 
     def compute():
         student = finetune(start.network, inputs, targets, target_fn=rule,
@@ -460,12 +466,11 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
                         f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
     layers = layers_read(strong)
     depends = (strong.sha256, config.dtype, config.device, heads, tails, pick, layers)
-    size, progress = size_of(heads, tails), setup.stages.progress
-    work = reading(strong.network, size)
+    (work, tokens), progress = reading(strong.network, heads, tails), setup.stages.progress
 
     def compute():
         return read(strong.network, heads, tails, pick, layers=layers, progress=progress.part(work))._asdict()
-    return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=size.tokens)
+    return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=tokens)
 
 
 def options_of(questions: list[Question]) -> list[list[str]]:
@@ -1195,6 +1200,8 @@ def main(argv: list[str] | None = None) -> int:
             finish(*merged(config.merge), config.out)
         elif config.rerun:
             rerun(config)
+        elif config.plan:
+            plan(config)
         else:
             run(config)
         return 0
