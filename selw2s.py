@@ -94,8 +94,8 @@ class Config:
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
-    plan: bool = flag(False, "print operations, memory and hours of the run, by config.json, tokenizer and data "
-                             "alone", action="store_true")
+    plan: bool = flag(False, "print operations, memory and hours of the run, by config.json, tokenizer and "
+                             "data alone", action="store_true")
     rerun: str = flag("", "repeat the run of a result.json and compare", metavar="FILE")
     out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
 

@@ -1,8 +1,9 @@
 """Peak memory of a stage in bytes, from shapes alone: what stands on the device at its worst moment.
 
-Counted: the weights of both models, and for finetuning float32 masters, gradients, Adam's two moments and what
-autograd keeps of a micro-batch. Not counted: the program itself (torch and tokenizers: about 0.5 GB), probes and
-graph, and what an allocator leaves unused. tests/test_plan.py holds this against the memory of a process.
+Counted: the weights of both models, and for finetuning float32 masters, gradients, Adam's two moments and
+what autograd keeps of a micro-batch. Not counted: the program itself (torch and tokenizers: about 0.5 GB),
+probes and graph, and what an allocator leaves unused. tests/test_plan.py holds this against the memory of a
+process.
 """
 import math
 from collections.abc import Sequence
@@ -103,13 +104,14 @@ def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[lis
 def of_finetuning(network, weights: int, inputs: list, settings: dict) -> Memory:
     """model.finetune; weights: bytes of both models."""
     c, tune, width = network.config, settings["tune"], network.dtype.itemsize
-    classifier, longest, steps = isinstance(inputs[0], list), max(map(size, inputs)), updates(inputs, settings)
+    classifier, longest = isinstance(inputs[0], list), max(map(size, inputs))
     if tune == "head":
         reading = pass_bytes(c, min(BATCH_TOKENS, sum(map(size, inputs))), 0, width)
         return Memory(weights, activations=reading + len(inputs) * c.width * width)
     rows = tune == "full" and classifier        # of the embedding: those in use are trained
     learnt = trained(c, tune) + (len(set().union(*inputs)) * c.width if rows else 0)
     cast = 2 * learnt if width < 4 and tune == "full" else 0    # masters in the dtype of the activations
+    steps = updates(inputs, settings)
     part = max((part for parts in steps for part in parts), key=lambda part: sum(map(size, part)))
     tokens = sum(map(size, part))
     blocks = [saved(c, tune, width, longest, classifier and i == c.layers - 1,
@@ -124,7 +126,7 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict) -> Memory
         backward = kept + max(0, under_way - blocks[-1] * classifier)
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
-    made = c.vocab * c.width * width * rows + learnt * width * (width < 4)      # the student, from the masters
+    made = c.vocab * c.width * width * rows + learnt * width * (width < 4)      # the student, of the masters
     moments = [masters._replace(gradients=earlier, activations=tokens * kept + cast,
                                 logits=logit_bytes(c, sum(map(asked, part)), width, 4)),
                masters._replace(gradients=earlier, activations=tokens * backward + cast),

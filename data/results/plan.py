@@ -19,11 +19,12 @@ from data.checkpoint import check_device, configure
 from data.results.memory import Memory, held, of_finetuning, of_reading, shapes
 from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
 
-PEAK = {"A100": {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},    # operations a second, dense: data
-        "H100": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}}      # sheets, SXM; float32 without TF32
-USED = 0.4              # of that: what a GPU reaches that is fed well
+PEAK = {        # operations a second by the data sheets: SXM, dense, float32 without TF32
+    "A100": {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+    "H100": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}}
+USED = 0.4      # of that: what a GPU reaches that is fed well
 FITTED = ("fused", "trust", "oracle")       # methods whose labels are fitted to values: here they have none
-EXTRA = {               # students that an analysis trains per seed beside those of --methods
+EXTRA = {       # students that an analysis trains per seed beside those of --methods
     "": {}, "cross-task": {"selective": 9}, "difficulty": {"selective": 3},
     "sweep": {"route-only": 9, "graph-only": 19}}
 
@@ -143,8 +144,9 @@ def sketched(source: str, config):
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     device = torch.device("cuda" if config.device.startswith("cuda") else "cpu")
+    network = Sketch(read, device, getattr(torch, config.dtype))
     large = sum(map(math.prod, shapes(read).values())) >= selw2s.LARGE
-    return selw2s.Pretrained(Sketch(read, device, getattr(torch, config.dtype)), tokenizer, source, 0.0, large)
+    return selw2s.Pretrained(network, tokenizer, source, lr=0.0, large=large)
 
 
 def speed(device: str, dtype: str, c, seconds: float = 1.0) -> tuple[str, float]:
@@ -186,13 +188,14 @@ def total(name: str, rows: list[Row]) -> Row:
 
 
 def page(rows: list[Row], here: tuple[str, float], dtype: str) -> str:
-    """The plan as it is printed, a line per stage of all seeds (cross-0, cross-1 ... as one). here: speed()."""
+    """The plan as it is printed: a line per stage, all seeds added (cross-0, cross-1 ... are one). here: see
+    speed."""
     by_name = {}
     for row in rows:
         by_name.setdefault(row.name.rstrip("-0123456789"), []).append(row)
     speeds = [here[1], *(USED * peak[dtype] for peak in PEAK.values())]
-    lines = [["stage", "items", "tokens", "operations", "weights", "grad.", "Adam", "activ.", "logits", "peak",
-              "here", *PEAK]]
+    lines = [["stage", "items", "tokens", "operations", "weights", "grad.", "Adam", "activ.", "logits",
+              "peak", "here", *PEAK]]
     for row in [*(total(name, same) for name, same in by_name.items()), total("all", rows)]:
         lines.append([row.name, f"{row.items:,}", f"{row.tokens:,}", f"{row.operations:.2e}",
                       *map(gigabytes, (*row.memory, row.memory.peak())),
@@ -200,9 +203,10 @@ def page(rows: list[Row], here: tuple[str, float], dtype: str) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     table = [" ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths)))
              for line in lines]
-    note = (f"weights to peak: GB on one device when a stage needs most. here: {here[0]}, {here[1] / 1e9:,.0f}e9 "
-            f"operations a second in {dtype} products; {' and '.join(PEAK)} at {USED:.0%} of their peak. Not "
-            "counted: probes, the graph, and time that is no product: small models on short texts take longer.")
+    note = (f"weights to peak: GB on one device when a stage needs most. here: {here[0]}, "
+            f"{here[1] / 1e9:,.0f}e9 operations a second in {dtype} products; {' and '.join(PEAK)} at "
+            f"{USED:.0%} of their peak. Not counted: probes, the graph, and time that is no product: small "
+            "models on short texts take longer.")
     return "\n".join([*table, "", textwrap.fill(note, 110)])
 
 

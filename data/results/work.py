@@ -1,9 +1,10 @@
-"""The work of a run in floating-point operations, from shapes alone: --plan tells it, progress measures by it.
+"""The work of a run in floating-point operations, from shapes alone: --plan tells it, progress measures by
+it.
 
 2 per multiplication and addition of a matrix product, as torch.utils.flop_counter counts them: attention's
 products of T x T in full, their backward pass 2.5 times the forward one. A trained matrix costs its forward
-pass three times, one beside LoRA twice, and once more where activations are computed again. What is no product
-(norms, softmax, launching it all) is not counted. tests/test_plan.py holds this against torch's counter.
+pass three times, one beside LoRA twice, and once more where activations are computed again. What is no
+product (norms, softmax, launching it all) is not counted. tests/test_plan.py holds this against the counter.
 
 A network is a model.Transformer, or a plan.Sketch without weights: config, device and dtype are read. Inputs
 are token sequences (of a Classifier) or model.Choices (of an Answerer, and of reading).
@@ -39,8 +40,8 @@ def size(x) -> int:
 
 
 def asked(x) -> int:
-    """States of an input that get logits: the end of a Choice's prompt, and each option's tokens but the last;
-    none of a sequence."""
+    """States of an input that get logits: the end of a Choice's prompt, and each option's tokens but the
+    last; none of a sequence."""
     return 0 if isinstance(x, list) else 1 + sum(map(len, x.options)) - len(x.options)
 
 
@@ -126,8 +127,8 @@ def update(network, parts: list[list], settings: dict, rule: Callable | None) ->
     total, tune = 0, settings["tune"]
     for part in parts:      # logits of Choices: the head is not trained, but its products are made again
         total += passed(network, part, tune, backward=True, again=settings["checkpoint"])
-        blockwise = isinstance(part[0], Choice) and network.dtype.itemsize < 4  # Transformer.logits: once more
-        total += logits(network.config, part) * (4 if blockwise else 3)
+        again = isinstance(part[0], Choice) and network.dtype.itemsize < 4      # by Transformer.logits itself
+        total += logits(network.config, part) * (4 if again else 3)
     if rule is not None and len(parts) > 1:     # it needs the whole batch's p first
         total += sum(passed(network, part, tune) + logits(network.config, part) for part in parts)
     return total
