@@ -99,6 +99,8 @@ class Config:
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
+    plan: bool = flag(False, "print operations, memory and hours of the run, by config.json, tokenizer and "
+                             "data alone", action="store_true")
     rerun: str = flag("", "repeat the run of a result.json and compare", metavar="FILE")
     out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
 
@@ -166,7 +168,7 @@ def described(config: Config) -> str:
     """The resolved configuration as the program prints it first."""
     words = []
     for name, value in asdict(config).items():
-        if value not in ("", ()):
+        if value not in ("", ()) and value is not False:
             words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
                          break_long_words=False, break_on_hyphens=False)
@@ -187,7 +189,9 @@ def parser() -> argparse.ArgumentParser:
                     "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
     out.error = error
     for f in fields(Config):
-        spec = {"type": {"int": int, "float": float, "object": number}.get(f.type, str)} | f.metadata
+        kinds = {} if f.type == "bool" else {
+            "type": {"int": int, "float": float, "object": number}.get(f.type, str)}
+        spec = kinds | f.metadata
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if f.name == "methods":
             default = "default set"
@@ -251,15 +255,17 @@ from data.cache import Stages, digest
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option, true_labels
 from data.results.page import write_page
+from data.results.plan import ahead, plan
 from data.results.report import shown, table
 from data.results.store import compared, merged, record, recorded, result_of, write
-from data.results.work import ahead, reading, size_of, stage_work
+from data.results.work import reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import GraphError, affinity, knn, normalise, propagate
 from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory,
                    read)
 
 HERE = Path(__file__).resolve().parent
+LARGE = 1e9     # parameters from which a model's activations are recomputed in the backward pass
 
 
 # --------------------------------------------------------------------------------------------- the two models
@@ -269,7 +275,7 @@ class Pretrained(NamedTuple):
     tokenizer: object
     sha256: str         # of its files
     lr: float
-    large: bool         # a billion parameters or more: activations are recomputed in the backward pass
+    large: bool         # LARGE or more
 
 
 def learning_rate(size: int, answers: bool, config: Config) -> float:
@@ -296,7 +302,7 @@ def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= 1e9)
+    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= LARGE)
 
 
 class Outcome(NamedTuple):
@@ -332,7 +338,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
     keep, progress = name == config.keep, setup.stages.progress
-    work = stage_work(start.network, inputs, ask, settings)
+    work = stage_work(start.network, inputs, ask, settings, rule)
 
     def compute():
         student = finetune(start.network, inputs, targets, target_fn=rule,
@@ -516,12 +522,11 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
                         f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
     layers = layers_read(strong)
     depends = (strong.sha256, config.dtype, config.device, heads, tails, pick, layers)
-    size, progress = size_of(heads, tails), setup.stages.progress
-    work = reading(strong.network, size)
+    (work, tokens), progress = reading(strong.network, heads, tails), setup.stages.progress
 
     def compute():
         return read(strong.network, heads, tails, pick, layers=layers, progress=progress.part(work))._asdict()
-    return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=size.tokens)
+    return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=tokens)
 
 
 def item_states(setup: Setup, start: Pretrained, part: Part) -> Tensor:
@@ -1214,9 +1219,9 @@ def titled(sources, orders: int) -> list[str]:
     return out
 
 
-def set_up(config: Config, stages: Stages) -> tuple[Setup, dict]:
-    """Task and models loaded, and how many questions had to be changed. DataError for what the task's file
-    and the flags do not give each other."""
+def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup, dict]:
+    """Task and models loaded, and how many questions had to be changed; load_model: --plan has its own.
+    DataError for what the task's file and the flags do not give each other."""
     task, sources = load_task(config.task, data_dir=config.data_dir or None), config.weak
     if config.task in DEMO and not sources:
         sources = (str(HERE / "data/demo/weak"),)
@@ -1228,8 +1233,8 @@ def set_up(config: Config, stages: Stages) -> tuple[Setup, dict]:
     if "debate" in config.methods and heard and heard != trained:
         raise DataError(f"--methods debate: {config.task} has {heard} transcripts a question for {trained} "
                         "supervisors: give as many, --weak A B C or --weak-seeds K")
-    weak = [pretrained(source, False, config) for source in sources]
-    strong = pretrained(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
+    weak = [load_model(source, False, config) for source in sources]
+    strong = load_model(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     task, counts = fitted(task, (*weak, strong), config, stages.tell)
     each = [(model, order) for model in weak for order in range(config.weak_seeds)]
     titles = titled(sources, config.weak_seeds)
@@ -1319,6 +1324,8 @@ def main(argv: list[str] | None = None) -> int:
             finish(*merged(config.merge), config.out)
         elif config.rerun:
             rerun(config)
+        elif config.plan:
+            plan(config)
         else:
             run(config)
         return 0

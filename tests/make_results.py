@@ -5,6 +5,7 @@
     python tests/make_results.py --run demo-sciq    only some of them
     python tests/make_results.py --run sciq-answer  a run of the real pair: hours; see tests/make_pair.py
     python tests/make_results.py --cosmosqa FILE.jsonl    CosmosQA's validation file as a task
+                                                    (the estimates: tests/make_plan.py)
 
 The real runs read the pair from ./pair and the official files from $SELW2S_DATA.
 """
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import official
 from data.results.metrics import mean_of
+from data.results.plan import PEAK, USED, duration
 from data.results.report import span
 
 RESULTS = ROOT / "data/results"
@@ -299,8 +301,9 @@ def routing_table(_: str) -> str:
             best = max(of["rules"], key=lambda rule: of["rules"][rule]["on D_l"])
             cells = {rule: f"{r['on D_u']:.3f}" for rule, r in of["rules"].items()}
             cells[best] = f"**{cells[best]}**"
-            lines.append(row_of([f"{row['task']}, {row['seed']}", router, f"{of['auroc']:.3f}", *cells.values(),
-                                 *(f"{x:.3f}" for x in (of["fused"], row["weak"], row["own"]))]))
+            rest = [f"{x:.3f}" for x in (of["fused"], row["weak"], row["own"])]
+            lines.append(row_of([f"{row['task']}, {row['seed']}", router, f"{of['auroc']:.3f}",
+                                 *cells.values(), *rest]))
     commands = dict.fromkeys(row["command"] for row in rows)
     return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
 
@@ -356,12 +359,27 @@ def finding(_: str) -> str:
     return "On real data: not measured yet (`python tests/make_results.py --run sciq-answer`)."
 
 
+def estimates_table(first: int | None = None) -> str:
+    """What --plan says (tests/make_plan.py): of the README's commands, the first so many, or of all pairs."""
+    head = ["task, weak -> strong", "flags", "tokens trained on or read", "operations", "GB on one device",
+            *(f"{gpu}, one" for gpu in PEAK)]
+    lines = [row_of(head), "|---" * len(head) + "|"]
+    for plan in json.loads((RESULTS / "plan.json").read_text("utf-8"))[:first]:
+        pair = " -> ".join(plan[model].split("/")[1] for model in ("weak", "strong"))
+        times = [duration(plan["operations"], USED * peak[plan["dtype"]]) for peak in PEAK.values()]
+        flags = f"`{plan['flags']}`" if plan["flags"] else ""
+        lines.append(row_of([f"{plan['task']}, {pair}", flags, f"{plan['tokens'] / 1e6:.1f}M",
+                             f"{plan['operations']:.1e}", f"{plan['peak'] / 1e9:,.0f}", *times]))
+    return "\n".join(lines)
+
+
 PARTS = {"finding": finding, "results": lambda _: main_table([*REAL, *TASKS]), "output": demo_table,
          "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
          "analysis": analysis_table, "representation": representation_table,
          "smoothing": smoothing_table, "choice": choice_table,
-         "routing": routing_table, "decisions": decisions_table}
+         "routing": routing_table, "decisions": decisions_table,
+         "estimates": lambda _: estimates_table(3), "plans": lambda _: estimates_table()}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 

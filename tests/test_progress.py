@@ -11,7 +11,7 @@ import torch
 
 import selw2s
 from data.cache import Progress, Stages, duration
-from data.results import work as ops
+from data.results.plan import ahead
 
 
 class Console(io.StringIO):
@@ -138,9 +138,10 @@ def test_a_stage_that_fails_leaves_no_bar(tmp_path, monkeypatch, clock):
 @pytest.mark.parametrize("flags", [(), ("--student", "answer", "--tune", "lora"), ("--own", "judge", "--tune", "head"),
                                    ("--shots", "2", "--seeds", "0", "1")])
 def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
-    """Every stage is foreseen by name and kind, its work within a fifth; in a pipe nothing is said of seconds."""
+    """Every stage is foreseen by name and kind, its work to the last operation (but confidence-only's, whose
+    half follows from values); in a pipe nothing is said of seconds."""
     foreseen, done, real = {}, {}, Progress.begin
-    monkeypatch.setattr(selw2s, "ahead", lambda setup: foreseen.update(ops.ahead(setup)) or dict(foreseen))
+    monkeypatch.setattr(selw2s, "ahead", lambda setup: foreseen.update(ahead(setup)) or dict(foreseen))
     monkeypatch.setattr(Progress, "begin", lambda self, name, kind, work, tokens: (
         done.setdefault(name, []).append((kind, work)), real(self, name, kind, work, tokens)))
     selw2s.run(selw2s.parse([*tiny, "--out", str(tmp_path), *flags, "--methods", "naive", "confidence-only", "selective",
@@ -149,26 +150,8 @@ def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
     for name, stages in done.items():
         kind, work, times = foreseen[name]
         assert len(stages) == times and {k for k, _ in stages} == {kind}
-        for _, exact in stages:
-            # of the judge's sentence only the rough length is known, and the tiny tokenizer cuts it small
-            assert exact == pytest.approx(work, rel=0.2 if "judge" not in name else 1.0), name
-
-
-def test_work_counts_forward_backward_and_logits():
-    class Network:
-        class config:
-            vocab, width, layers = 10, 4, 2
-        params = {"layers.0.q.weight": torch.zeros(8, 4), "layers.1.q.weight": torch.zeros(8, 4),
-                  "embed.weight": torch.zeros(10, 4)}
-    one = 2 * 64 + 2 * ops.BESIDE
-    size = ops.Size(100, 7)
-    assert ops.reading(Network, size) == 100 * one + 7 * 2 * 40
-    sizes = {("full", False): 3, ("full", True): 4, ("lora", False): 2, ("lora", True): 3}
-    for (tune, checkpoint), passes in sizes.items():
-        work = ops.finetuning(Network, size, tune=tune, epochs=2, checkpoint=checkpoint)
-        assert work == 2 * (passes * 100 * one + 3 * 7 * 2 * 40)
-    assert ops.finetuning(Network, size, tune="head", epochs=2, checkpoint=False) == ops.reading(Network, size)
-    assert ops.size_of([[1, 2, 3]], [[[4], [5, 6]]]) == (6, 2)
+        exact = sum(work for _, work in stages) / times
+        assert exact == pytest.approx(work, rel=0.15 if name == "confidence-only" else 1e-9), name
 
 
 def test_durations():

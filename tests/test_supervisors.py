@@ -93,7 +93,7 @@ def test_several_models_are_several_supervisors_each_with_its_seeds(tiny, tmp_pa
 
 
 def test_the_work_ahead_foresees_every_stage_of_several_supervisors(tiny, tmp_path):
-    from data.results.work import ahead
+    from data.results.plan import ahead
     flags = ("--weak-seeds", "3", "--methods", "naive", *RECIPES)
     setup = set_up(tiny, tmp_path, *flags)
     names = {stage["name"] for stage in go(tiny, tmp_path, *flags)["stages"]}

@@ -1,125 +1,152 @@
-"""The work of a run in floating-point operations, known from shapes before it is done: progress measures it.
+"""The work of a run in floating-point operations, from shapes alone: --plan tells it, progress measures by
+it.
 
-A token costs 2 operations per weight of the layers forward, and in finetuning 2 more by activations and 2
-by weights. All else in a layer (norms, softmax, launching it) counts as BESIDE, which only small models
-notice. Logits cost 2 per weight of the head, for the tokens that are scored: none for a classifier.
+2 per multiplication and addition of a matrix product, as torch.utils.flop_counter counts them: attention's
+products of T x T in full, their backward pass 2.5 times the forward one. A trained matrix costs its forward
+pass three times, one beside LoRA twice, and once more where activations are computed again. What is no
+product (norms, softmax, launching it all) is not counted. tests/test_plan.py holds this against the counter.
+
+A network is a model.Transformer, or a plan.Sketch without weights: config, device and dtype are read. Inputs
+are token sequences (of a Classifier) or model.Choices (of an Answerer, and of reading).
 """
-from collections.abc import Sequence
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from data import YES_NO, Question, completion, distinct, prompt
-from data.tokens import encode_options
+import torch
 
-BESIDE = 1e5    # operations per token and layer; fits the demo's two models on CPU cores
+from data.checkpoint import Config, tensors
+from model import ALIKE, BATCH_TOKENS, TRAIN_TOKENS, Choice, alike, batches
 
-
-class Size(NamedTuple):
-    """Of a list of texts; floats where it is estimated."""
-    tokens: float
-    scored: float       # tokens whose logits are taken
-
-    def times(self, n: float) -> "Size":
-        return Size(self.tokens * n, self.scored * n)
+RANK = 8        # of LoRA: model.finetune's default
 
 
-def size_of(heads: Sequence[list], tails: Sequence[list[list]]) -> Size:
-    """Of prompts with all their options; the end of a prompt is scored once for all of them."""
-    tokens = sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails))
-    return Size(tokens, sum(1 + sum(len(option) - 1 for option in tail) for tail in tails))
+@functools.cache
+def block(c: Config) -> dict[str, tuple]:
+    """Shapes of a block's weights by part, as in q, q_norm; all blocks are alike."""
+    return {name.split(".")[2]: shape for _, names, shapes in tensors(c) for name, shape in zip(names, shapes)
+            if name.startswith("layers.0.") and name.endswith(".weight")}
 
 
-def reading(network, size: Size) -> float:
-    """Operations of a pass forward; network: model.Transformer."""
-    c = network.config
-    weights = sum(x.numel() for name, x in network.params.items() if name.startswith("layers."))
-    return (2 * weights + BESIDE * c.layers) * size.tokens + 2 * c.vocab * c.width * size.scored
+def matrices(c: Config) -> dict[str, tuple[int, int]]:
+    """Those of them that are matrices, (out, in)."""
+    return {part: shape for part, shape in block(c).items() if len(shape) == 2}
 
 
-def finetuning(network, size: Size, *, tune: str, epochs: int, checkpoint: bool) -> float:
-    """Operations of training on texts of this size.
+def size(x) -> int:
+    """Tokens of an input."""
+    return len(x) if isinstance(x, list) else len(x.prompt) + sum(map(len, x.options))
 
-    full: 6 a weight and token; lora: 4, its own matrices left out; head: one pass forward in all, as its
-    features are kept. checkpoint, and always the logits of a student that answers: forward twice."""
-    if tune == "head":
-        return reading(network, size)
-    passes = {"full": 3, "lora": 2}[tune] + checkpoint
-    return epochs * (passes * reading(network, size._replace(scored=0))
-                     + 3 * reading(network, Size(0, size.scored)))
+
+def asked(x) -> int:
+    """States of an input that get logits: the end of a Choice's prompt, and each option's tokens but the
+    last; none of a sequence."""
+    return 0 if isinstance(x, list) else 1 + sum(map(len, x.options)) - len(x.options)
+
+
+def parted(inputs: list, budget: int) -> list[list]:
+    """Inputs in batches of at most that many tokens, as model.py makes them."""
+    return [[inputs[i] for i in part] for part in batches(list(map(size, inputs)), budget)]
+
+
+def choices(heads: Sequence[list], tails: Sequence[list[list]]) -> list[Choice]:
+    """What model.read reads, as inputs."""
+    return [Choice(head, tail, 0) for head, tail in zip(heads, tails)]
+
+
+# ---- of one batch ------------------------------------------------------------------------------------------
+
+def linear(c: Config, tune: str, tokens: int, kept: int | None, backward: bool, first: bool) -> int:
+    """Of one block's linear maps on tokens, of which kept go on after attention (None: all). first: LoRA
+    needs no gradient below the first block's queries, keys and values."""
+    total = 0
+    for part, (rows, columns) in matrices(c).items():
+        n = tokens if kept is None or part in ("k", "v") else kept
+        rounds = 1 + 2 * backward
+        if tune == "lora":
+            below = backward and not (first and part in ("q", "k", "v"))
+            total += 2 * n * RANK * (rows * (1 + 2 * backward) + columns * (1 + backward + below))
+            rounds = 1 + below
+        total += 2 * n * rows * columns * rounds
+    return total
+
+
+def looks(c: Config, lengths: list[int], kept: bool, least: float) -> int:
+    """Of one block's attention: scores and weighted sums of the padded rectangles (model.Run)."""
+    slots = sum(len(run) * max(run) * (1 if kept else max(run)) for run in alike(lengths, least))
+    return 4 * slots * c.heads * c.head_dim
+
+
+def logits(c: Config, inputs: list) -> int:
+    """Of the classifier, or of the logits of Choices."""
+    return sum(2 * c.width * (2 if isinstance(x, list) else asked(x) * c.vocab) for x in inputs)
+
+
+def passed(network, inputs: list, tune: str, *, backward: bool = False, again: bool = False) -> int:
+    """Of a batch through all blocks, forward, and backward if asked. again: the backward pass computes every
+    block a second time. Of sequences only the last tokens go through all of the last block."""
+    c, lengths, total = network.config, list(map(size, inputs)), 0
+    keep, least = isinstance(inputs[0], list), ALIKE[network.device.type]
+    kinds = Counter((i == 0, keep and i == c.layers - 1) for i in range(c.layers))
+    for (first, last), times in kinds.items():
+        kept, look = len(lengths) if last else None, looks(c, lengths, last, least)
+        one = linear(c, tune, sum(lengths), kept, backward, first) + look
+        if backward:
+            one += int(look * (2.5 if c.attn_cap is None else 2))
+        if again:       # but not what comes after the last input that is needed, mostly that of down
+            one += linear(c, tune, sum(lengths), kept, False, first) + look
+            if tune == "full" and "post2" not in block(c):
+                one -= 2 * (kept or sum(lengths)) * c.inner * c.width
+        total += times * one
+    return total
+
+
+# ---- of a stage --------------------------------------------------------------------------------------------
+
+def forward(network, inputs: list, tune: str = "full") -> int:
+    """Of forward passes over inputs, with their logits."""
+    return sum(passed(network, part, tune) + logits(network.config, part)
+               for part in parted(inputs, BATCH_TOKENS))
+
+
+def reading(network, heads: Sequence[list], tails: Sequence[list[list]]) -> tuple[int, int]:
+    """Operations and tokens of model.read."""
+    inputs = choices(heads, tails)
+    return forward(network, inputs), sum(map(size, inputs))
+
+
+def updates(inputs: list, settings: dict) -> list[list[list]]:
+    """The micro-batches of each update of an epoch, in the order of model.finetune's first."""
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings["seed"]))
+    return [parted([inputs[i] for i in step], TRAIN_TOKENS) for step in order.split(settings["batch"])]
+
+
+def update(network, parts: list[list], settings: dict, rule: Callable | None) -> int:
+    """Of one update, forward and backward passes of its micro-batches."""
+    total, tune = 0, settings["tune"]
+    for part in parts:      # logits of Choices: the head is not trained, but its products are made again
+        total += passed(network, part, tune, backward=True, again=settings["checkpoint"])
+        again = isinstance(part[0], Choice) and network.dtype.itemsize < 4      # by Transformer.logits itself
+        total += logits(network.config, part) * (4 if again else 3)
+    if rule is not None and len(parts) > 1:     # it needs the whole batch's p first
+        total += sum(passed(network, part, tune) + logits(network.config, part) for part in parts)
+    return total
 
 
 class StageWork(NamedTuple):
     """Of one finetune stage, in operations; tokens: of all epochs of training."""
-    training: float
-    predicting: list[float]     # per list of inputs asked for
-    tokens: float
+    training: int
+    predicting: list[int]       # per list of inputs asked for
+    tokens: int
 
 
-def stage_work(network, inputs: list, ask: list, settings: dict) -> StageWork:
-    """inputs, ask: token sequences or model.Choices, as selw2s.finetuned takes them; settings of finetune."""
-    sizes = []
-    for part in (inputs, *ask):
-        if isinstance(part[0], list):
-            sizes.append(Size(sum(map(len, part)), 0))
-        else:
-            sizes.append(size_of([x.prompt for x in part], [x.options for x in part]))
-    how = {key: settings[key] for key in ("tune", "epochs", "checkpoint")}
-    return StageWork(finetuning(network, sizes[0], **how), [reading(network, size) for size in sizes[1:]],
-                     settings["epochs"] * sizes[0].tokens)
-
-
-def mean_sizes(tokenizer, questions: list[Question]) -> tuple[Size, Size]:
-    """Mean size of a question's item, and of the question with all options; from about 200 of them."""
-    some = questions[::max(1, len(questions) // 200)]
-    options = [[completion(q, i) for i in distinct(q.options)] for q in some]
-    heads, tails = encode_options(tokenizer, [prompt(q) for q in some], options)
-    item = sum(len(head) + (0 if q.options == YES_NO else sum(map(len, tail)) / len(tail))
-               for q, head, tail in zip(some, heads, tails))
-    return Size(item / len(some), 0), size_of(heads, tails).times(1 / len(some))
-
-
-EXTRA = {       # students that an analysis trains per seed beside those of --methods
-    "cross-task": {"selective": 9}, "difficulty": {"selective": 3},
-    "sweep": {"route-only": 9, "graph-only": 19}, "representation": {"ceiling": 1, "naive": 1}, "": {}}
-
-
-def ahead(setup) -> dict[str, tuple[str, float, int]]:
-    """{stage: (kind, operations, times)} of a run; setup: selw2s.Setup. Not foreseen: what cross-task
-    prepares of other tasks, debate's supervisors, and the naive student of chain where naive is not among the
-    methods."""
-    config, seeds, strong = setup.config, len(setup.config.seeds), setup.strong
-    n_half, n_test = len(setup.task.train) / 2, len(setup.task.test)
-    parts = (setup.task.train, setup.task.test)
-    (s_train, q_train), (s_test, q_test) = (mean_sizes(strong.tokenizer, part) for part in parts)
-    if config.student == "answer":
-        s_train, s_test = q_train, q_test
-    settings = dict(tune=config.tune, epochs=config.epochs)
-
-    def trained(model, item, test, learn, asked):
-        return (finetuning(model.network, item.times(learn), checkpoint=model.large, **settings)
-                + reading(model.network, item.times(asked)) + reading(model.network, test))
-    out, one, none = {}, 1 / config.folds, Size(0, 0)
-    for i, supervisor in enumerate(setup.supervisors):
-        weak = supervisor.model
-        (w_train, _), (w_test, _) = (mean_sizes(weak.tokenizer, part) for part in parts)
-        work = trained(weak, w_train, w_test.times(n_test), n_half, n_half)
-        out[f"weak {i + 1}" if i else "weak"] = ("finetune weak", work, seeds)
-        for f in range(config.folds if i == 0 else 0):
-            work = trained(weak, w_train, none, n_half * (1 - one), n_half * (1 + one))
-            out[f"cross-{f}"] = ("finetune weak", work, seeds)
-    for name, q, n in (("labelled", q_train, n_half), ("transfer", q_train, n_half),
-                       ("test", q_test, n_test)):
-        whole = q._replace(tokens=q.tokens + config.shots * s_train.tokens).times(n)
-        once = name == "test" and config.protocol == "paper" and not config.shots   # the same for all seeds
-        out[f"read {name}"] = ("read strong", reading(strong.network, whole), 1 if once else seeds)
-        if config.own == "judge":       # the item and a sentence, its examples too
-            asked = Size((1 + config.shots) * ((s_test if name == "test" else s_train).tokens + 30), 1)
-            work = reading(strong.network, asked.times(n))
-            out[f"read {name} judge"] = ("read strong", work, 1 if once else seeds)
-    student = trained(strong, s_train, s_test.times(n_test), n_half, n_half)
-    shorter = trained(strong, s_train, s_test.times(n_test), n_half / 2, n_half)
-    for method in set(config.methods) - {"weak", "zero-shot"} | set(EXTRA[config.analysis]):
-        times = (method in config.methods) + EXTRA[config.analysis].get(method, 0)
-        out[method] = ("finetune strong", shorter if method == "confidence-only" else student, seeds * times)
-    if "two-stage" in config.methods:
-        out["two-stage first"] = ("finetune strong", shorter, seeds)
-    return out
+def stage_work(network, inputs: list, ask: list[list], settings: dict, rule: Callable | None) -> StageWork:
+    """As selw2s.finetuned takes them; settings of model.finetune, rule its target_fn."""
+    tune, epochs = settings["tune"], settings["epochs"]
+    if tune == "head":      # states once, then the classifier on them
+        training = forward(network, inputs) + 3 * epochs * logits(network.config, inputs)
+    else:
+        training = epochs * sum(update(network, parts, settings, rule) for parts in updates(inputs, settings))
+    return StageWork(training, [forward(network, part, tune) for part in ask],
+                     epochs * sum(map(size, inputs)))

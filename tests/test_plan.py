@@ -1,0 +1,326 @@
+"""--plan against what is measured: operations, memory, the stages of a run.
+
+Run: pytest tests/test_plan.py (30 s; with CI=1 two minutes, and four more where the real pair lies in ./pair).
+
+Memory is that of a process of its own, over what it had before the model was loaded, its tokenizer left out;
+Linux alone tells it. The allocator is asked to give large pieces back at once, or the peak would tell how
+it reuses them.
+"""
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import selw2s
+from conftest import ROOT
+from data.checkpoint import configure
+from data.results import memory, work
+from data.results.plan import Sketch, ahead, page, speed
+from model import Choice, finetune, load, read
+
+DEMO = {name: str(ROOT / "data/demo" / name) for name in ("weak", "strong")}
+REAL = {name: str(ROOT / "pair" / name) for name in ("smollm2-135m", "gemma-3-270m")}
+ATEN = torch.ops.aten
+CPU_ATTENTION = {       # torch's counter knows the attention of GPUs only
+    ATEN._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v)}
+CASES = [("full", "classifier", False), ("lora", "classifier", False), ("head", "classifier", False),
+         ("full", "answer", False), ("lora", "answer", False), ("full", "classifier", True),
+         ("lora", "answer", True)]
+SLOW = pytest.mark.slow
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a process's peak")
+
+
+def counted(do) -> int:
+    """Operations of do() by torch's counter."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        do()
+    return counter.get_total_flops()
+
+
+def sketch(source: str, dtype=torch.float32) -> Sketch:
+    return Sketch(configure(json.loads((Path(source) / "config.json").read_text())), torch.device("cpu"), dtype)
+
+
+def inputs_of(vocab: int, n: int, longest: int, student: str) -> list:
+    """n inputs of different lengths: sequences, or Choices of three options."""
+    g = torch.Generator().manual_seed(n)
+    lengths = torch.randint(longest // 3, longest + 1, (n,), generator=g).tolist()
+    sequences = [torch.randint(0, vocab, (length,), generator=g).tolist() for length in lengths]
+    if student == "classifier":
+        return sequences
+    return [Choice(s[:-6], [s[-6:-4], s[-4:-1], s[-1:]], i % 3) for i, s in enumerate(sequences)]
+
+
+def settings_of(tune: str, student: str, batch: int = 16, checkpoint: bool = False) -> dict:
+    return dict(lr=1e-4, epochs=1, batch=batch, seed=0, tune=tune, checkpoint=checkpoint, student=student)
+
+
+# ---- operations --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, tune, student, checkpoint", [
+    ("strong", "full", "classifier", False), ("weak", "lora", "answer", True),
+    *(pytest.param(name, *case, marks=SLOW) for name in DEMO for case in CASES)])
+def test_operations_of_finetuning_are_those_counted(name, tune, student, checkpoint):
+    network, _ = load(DEMO[name])
+    inputs = inputs_of(network.config.vocab, 40, 60, student)
+    settings = settings_of(tune, student, checkpoint=checkpoint)
+    planned = work.stage_work(sketch(DEMO[name]), inputs, [inputs[:20]], settings, None)
+    trained = []
+    assert planned.training == pytest.approx(
+        counted(lambda: trained.append(finetune(network, inputs, [0.5] * 40, **settings))), rel=0.05)
+    assert planned.predicting[0] == pytest.approx(counted(lambda: trained[0].predict(inputs[:20])), rel=0.05)
+    assert planned == work.stage_work(network, inputs, [inputs[:20]], settings, None)
+
+
+@SLOW
+@pytest.mark.parametrize("student", ["classifier", "answer"])
+def test_operations_in_bfloat16_and_of_a_rule_with_several_micro_batches(student, monkeypatch):
+    network, _ = load(DEMO["strong"], dtype=torch.bfloat16)
+    monkeypatch.setattr(work, "TRAIN_TOKENS", 300)
+    inputs, settings = inputs_of(network.config.vocab, 40, 60, student), settings_of("lora", student)
+    rule = selw2s.log_confidence
+    planned = work.stage_work(sketch(DEMO["strong"], torch.bfloat16), inputs, [], settings, rule).training
+    assert planned == pytest.approx(counted(lambda: finetune(
+        network, inputs, [0.5] * 40, target_fn=rule, batch_tokens=300, **settings)), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["weak", pytest.param("strong", marks=SLOW)])
+def test_operations_of_reading_are_those_counted(name):
+    network, _ = load(DEMO[name])
+    choices = inputs_of(network.config.vocab, 60, 50, "answer")
+    heads, tails = [c.prompt for c in choices], [c.options for c in choices]
+    planned, tokens = work.reading(sketch(DEMO[name]), heads, tails)
+    assert planned == pytest.approx(counted(lambda: read(network, heads, tails, [0] * 60, layers=(1, None))),
+                                    rel=0.05)
+    assert tokens == sum(len(head) + sum(map(len, tail)) for head, tail in zip(heads, tails))
+
+
+def test_operations_of_families_by_hand():
+    """2 per weight and token forward, 6 in training: grouped keys, gates, own head dimension, capped scores."""
+    raw = dict(model_type="gemma2", vocab_size=50, hidden_size=12, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, head_dim=6, intermediate_size=30)
+    network = Sketch(configure(raw), torch.device("cpu"), torch.float32)
+    weights = 12 * (24 + 12 + 12) + 24 * 12 + 3 * 12 * 30
+    choices = [Choice(list(range(9)), [[1], [2, 3]], 0)]        # 12 tokens, 2 states scored
+    assert work.forward(network, choices) == 2 * (2 * weights * 12 + 4 * 12 * 12 * 24) + 2 * 2 * 12 * 50
+    assert work.update(network, [choices], settings_of("full", "answer"), None) == \
+        3 * (2 * 2 * weights * 12 + 2 * 2 * 12 * 50) + 2 * 3 * 4 * 12 * 12 * 24
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import model
+from test_plan import DEMO, do, inputs_of, settings_of, sketch
+def status(key):
+    text = open("/proc/self/status").read()
+    return 1024 * int(text.split(key + ":")[1].split()[0])
+source, dtype, settings, n, longest = {case!r}
+torch.backends.mkldnn.set_flags(dtype == "float32")     # it keeps 0.1 GB of programs for products of bfloat16
+network, _ = model.load(DEMO["weak"], dtype=getattr(torch, dtype))
+do(network, inputs_of(network.config.vocab, 8, 20, settings["student"]), settings)  # threads, kernels, their scratch
+del network
+model.Tokenizer = lambda *_: None       # Gemma's takes 0.2 GB
+inputs = inputs_of(sketch(source).config.vocab, n, longest, settings["student"])
+before = status("VmRSS")
+network, _ = model.load(source, dtype=getattr(torch, dtype))
+open("/proc/self/clear_refs", "w").write("5")       # the peak begins again
+do(network, inputs, settings)
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+def do(network, inputs: list, settings: dict):
+    """Finetunes and predicts; reads with three hidden states where settings are of no finetuning."""
+    if settings["tune"] == "read":
+        return read(network, [x.prompt for x in inputs], [x.options for x in inputs], [0] * len(inputs),
+                    layers=(1, 2, None))
+    return finetune(network, inputs, [0.5] * len(inputs), **settings).predict(inputs[:64])
+
+
+def assert_peak_is_that_measured(source: str, tune: str, student: str, checkpoint: bool, n: int, longest: int,
+                                 batch: int, dtype: str = "float32"):
+    """Within 15 % of the resident bytes of a process that loads and does it, over what it had before."""
+    network, settings = sketch(source, getattr(torch, dtype)), settings_of(tune, student, batch, checkpoint)
+    inputs, weights = inputs_of(network.config.vocab, n, longest, student), memory.held(network)
+    if tune == "read":
+        planned = memory.of_reading(network, weights, [x.prompt for x in inputs], [x.options for x in inputs], 3)
+    else:
+        planned = memory.of_finetuning(network, weights, inputs, settings)
+    code = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), case=(source, dtype, settings, n, longest))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout.splitlines()[-1])
+    print(f"{Path(source).name} {tune} {student} {checkpoint} {dtype}: planned {planned.peak() / 1e6:.1f} MB, "
+          f"measured {measured / 1e6:.1f}; {planned}")
+    assert planned.peak() == pytest.approx(measured, rel=0.15)
+
+
+@LINUX
+@pytest.mark.parametrize("name, tune, student, checkpoint", [
+    ("strong", "full", "classifier", False),
+    *(pytest.param(name, *case, marks=SLOW) for name in DEMO for case in (*CASES, ("read", "answer", False)))])
+def test_peak_memory_is_that_measured(name, tune, student, checkpoint):
+    n = 2048 if tune in ("head", "read") else 256
+    assert_peak_is_that_measured(DEMO[name], tune, student, checkpoint, n, 60, 128)
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("tune, student, checkpoint", [*CASES, ("read", "answer", False)])
+def test_peak_memory_in_bfloat16_is_that_measured(tune, student, checkpoint):
+    n = 2048 if tune in ("head", "read") else 256
+    assert_peak_is_that_measured(DEMO["strong"], tune, student, checkpoint, n, 60, 128, "bfloat16")
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("tune, student, checkpoint", [
+    ("full", "classifier", False), ("lora", "classifier", False), ("head", "classifier", False),
+    ("full", "answer", False), ("full", "classifier", True), ("read", "answer", False)])
+def test_peak_memory_of_real_models_is_that_measured(name, tune, student, checkpoint):
+    if not Path(REAL[name]).is_dir():
+        pytest.skip(f"no pair/{name}: python tests/make_pair.py pair")
+    assert_peak_is_that_measured(REAL[name], tune, student, checkpoint, 64, 40, 32)
+
+
+# ---- the stages of a run -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def weightless(tiny, tmp_path):
+    """tiny's command line on copies of its models without their weights."""
+    argv = list(tiny)
+    for name in ("weak", "strong"):
+        place = argv.index(f"--{name}") + 1
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "tokenizer.json"):
+            (tmp_path / name / file).write_bytes((Path(argv[place]) / file).read_bytes())
+        argv[place] = str(tmp_path / name)
+    return argv
+
+
+@pytest.mark.parametrize("flags", [
+    ("--methods", "all", "--folds", "2", "--seeds", "0", "1", "--weak-seeds", "2"),
+    pytest.param(("--methods", "all", "--student", "answer", "--tune", "lora", "--own", "pmi"), marks=SLOW),
+    pytest.param(("--methods", "chain", "--shots", "1", "--own", "mean", "--tune", "head", "--seeds", "1", "2"),
+                 marks=SLOW),
+    pytest.param(("--methods", "fused", "--protocol", "openai", "--own", "judge", "--tau", "0.3", "--alpha", "0"),
+                 marks=SLOW)])
+def test_the_plan_is_the_run(flags, tiny, weightless, tmp_path):
+    """Stage by stage: names in order, items, tokens, steps and operations, the last as progress had them; of
+    confidence-only and two-stage, whose items follow from values, about. No weight is there to read."""
+    asked, real = {}, selw2s.Stages.__call__
+
+    def noted(self, stage, name, depends, compute, **about):
+        out, inputs = real(self, stage, name, depends, compute, **about), depends[4 if stage == "finetune" else 3]
+        if not self.log[-1]["cached"]:
+            asked[name, self.log[-1]["key"]] = [len(inputs), about["tokens"], about["cost"][1]]
+        return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selw2s.Stages, "__call__", noted)
+        result = selw2s.run(selw2s.parse([*tiny, *flags, "--out", str(tmp_path / "out")]))
+    recorded = {(stage["name"], stage["key"]): stage for stage in result["stages"] if not stage["cached"]}
+    rows = selw2s.plan(selw2s.parse([*weightless, *flags, "--plan", "--out", str(tmp_path / "none")]))
+    assert [row.name for row in rows] == [name for name, _ in asked] and asked.keys() == recorded.keys()
+    for row, (key, amounts) in zip(rows, asked.items()):
+        exact = row.name not in ("confidence-only", "two-stage first", "two-stage")
+        near = 0.5 if row.name == "two-stage" else 0.15
+        assert [row.items, row.tokens, row.operations] == pytest.approx(amounts, rel=0 if exact else near)
+        assert recorded[key]["tokens"] == amounts[1]
+        if exact and "steps" in recorded[key]:
+            assert recorded[key]["steps"] == 2 * -(-row.items // 32)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_printed(weightless, capsys):
+    """All in 110 columns; a GPU is planned without one; LoRA has small gradients and moments."""
+    def go(*flags):
+        rows = selw2s.plan(selw2s.parse([*weightless, "--plan", *flags]))
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 110
+        return rows, text
+    rows, text = go("--seeds", "0", "1", "--device", "cuda", "--dtype", "bfloat16")
+    lines = [line.split() for line in text.splitlines() if line.startswith(("stage ", "cross ", "all "))]
+    assert lines[0][:4] == ["stage", "items", "tokens", "operations"] and lines[0][-3:] == ["here", "A100", "H100"]
+    assert int(lines[1][1].replace(",", "")) == sum(row.items for row in rows if row.name.startswith("cross"))
+    assert int(lines[2][2].replace(",", "")) == sum(row.tokens for row in rows)
+    assert f"here: {'cuda' if torch.cuda.is_available() else 'cpu'}, " in text
+    lora, _ = go("--tune", "lora", "--methods", "naive")
+    assert 0 < lora[-1].memory.adam < rows[-1].memory.adam
+    swept, _ = go("--methods", "naive", "--analysis", "sweep")
+    assert Counter(row.name for row in swept)["graph-only"] == 7 + 4 + 8     # alphas, k, alphas and auto
+
+
+def test_the_hours_are_operations_by_speed():
+    network = sketch(DEMO["strong"])
+    device, per_second = speed("cpu", "float32", network.config, seconds=0.05)
+    assert device == "cpu" and 1e8 < per_second < 1e14
+    assert speed("cuda:99", "bfloat16", network.config, seconds=0.01)[0] == "cpu"
+    row = selw2s_row(operations=int(3.6e15))
+    words = page([row], ("cpu", 1e12), "float32").splitlines()[1].split()
+    assert words[-6:] == ["60", "min", "7.7", "min", "2.2", "min"]      # 1, 0.4 x 19.5, 0.4 x 67 times 1e12
+
+
+def selw2s_row(operations):
+    from data.results.plan import Row
+    return Row("naive", "finetune strong", 10, 100, operations, memory.Memory(10 ** 9))
+
+
+def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_path):
+    config = Path(weightless[weightless.index("--strong") + 1]) / "config.json"
+    config.write_text(json.dumps({
+        "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064}))
+    rows = selw2s.plan(selw2s.parse([*weightless, "--plan", "--dtype", "bfloat16", "--tune", "lora"]))
+    naive = rows[-1]
+    assert naive.memory.weights == pytest.approx(2 * 72.7e9, rel=0.01)
+    # a product's two operations, forward, again (activation checkpointing) and backward by activations alone
+    per_token = (naive.operations / (naive.tokens + naive.tokens * 68 / 48 / 2)) / 70.2e9
+    assert 4 < per_token < 6
+    assert ahead and rows[0].memory.weights > 2 * 72e9      # the strong model is there from the beginning
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "bert"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer")])
+def test_a_wrong_model_costs_one_line(damage, words, weightless, capsys):
+    damage(Path(weightless[weightless.index("--strong") + 1]))
+    assert selw2s.main([*weightless, "--plan"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--weak", "no/such-model"), "no/such-model"), (("--weak", "../x/y"), "../x/y"), (("--device", "tpu"), "tpu"),
+    (("--shots", "999"), "--shots"), (("--task", "nothing"), "nothing")])
+def test_a_wrong_flag_costs_one_line(flags, words, weightless, capsys):
+    assert selw2s.main([*weightless, "--plan", *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_of_a_hub_id_no_weight_is_fetched(weightless, monkeypatch, tmp_path):
+    import huggingface_hub
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **how: asked.update(how, name=name) or str(tmp_path / "weak"))
+    selw2s.plan(selw2s.parse([*weightless, "--plan", "--weak", "some/model@abc"]))
+    assert asked["name"] == "some/model" and asked["revision"] == "abc"
+    assert "config.json" in asked["allow_patterns"] and "tokenizer.json" in asked["allow_patterns"]
+    assert not [pattern for pattern in asked["allow_patterns"] if "safetensors" in pattern]
