@@ -221,7 +221,7 @@ def weightless(tiny, tmp_path):
     pytest.param(("--methods", "fused", "--protocol", "openai", "--own", "judge", "--tau", "0.3", "--alpha", "0"),
                  marks=SLOW)])
 def test_the_plan_is_the_run(flags, tiny, weightless, tmp_path):
-    """Stage by stage: names in order, items, tokens, steps and operations, the last as progress had them; of
+    """Stage by stage: names, items, tokens, steps and operations, the last as progress had them; of
     confidence-only and two-stage, whose items follow from values, about. No weight is there to read."""
     asked, real = {}, selw2s.Stages.__call__
 
@@ -235,14 +235,20 @@ def test_the_plan_is_the_run(flags, tiny, weightless, tmp_path):
         result = selw2s.run(selw2s.parse([*tiny, *flags, "--out", str(tmp_path / "out")]))
     recorded = {(stage["name"], stage["key"]): stage for stage in result["stages"] if not stage["cached"]}
     rows = selw2s.plan(selw2s.parse([*weightless, *flags, "--plan", "--out", str(tmp_path / "none")]))
-    assert [row.name for row in rows] == [name for name, _ in asked] and asked.keys() == recorded.keys()
-    for row, (key, amounts) in zip(rows, asked.items()):
+    assert asked.keys() == recorded.keys()
+    left = {}
+    for row in rows:
+        left.setdefault(row.name, []).append(row)
+    for key, amounts in asked.items():
+        row = left[key[0]].pop(0)
         exact = row.name not in ("confidence-only", "two-stage first", "two-stage")
         near = 0.5 if row.name == "two-stage" else 0.15
         assert [row.items, row.tokens, row.operations] == pytest.approx(amounts, rel=0 if exact else near)
         assert recorded[key]["tokens"] == amounts[1]
         if exact and "steps" in recorded[key]:
             assert recorded[key]["steps"] == 2 * -(-row.items // 32)
+    # what is planned beyond that had the labels of another method, by chance: found in the cache
+    assert {name for name, rows in left.items() if rows} <= {s["name"] for s in result["stages"] if s["cached"]}
     assert not (tmp_path / "none").exists()
 
 
