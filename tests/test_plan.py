@@ -240,7 +240,9 @@ def test_the_plan_is_the_run(flags, tiny, weightless, tmp_path):
     for row in rows:
         left.setdefault(row.name, []).append(row)
     for key, amounts in asked.items():
-        row = left[key[0]].pop(0)
+        same = [row for row in left[key[0]] if [row.items, row.tokens, row.operations] == amounts]
+        row = (same or left[key[0]])[0]
+        left[key[0]].remove(row)
         exact = row.name not in ("confidence-only", "two-stage first", "two-stage")
         near = 1 if row.name == "two-stage" else 0.15     # half of the items to all of them
         assert [row.items, row.tokens, row.operations] == pytest.approx(amounts, rel=0 if exact else near)
