@@ -1,7 +1,6 @@
 """Kill it anywhere, start it again; damaged files, full disks, two runs at once, bad input.
 Run: pytest tests/test_reliability.py (50 s; with CI=1 the 20 kills too, 2 minutes)."""
 import json
-import os
 import signal
 import subprocess
 import sys
