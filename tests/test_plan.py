@@ -21,7 +21,7 @@ import selw2s
 from conftest import ROOT
 from data.checkpoint import configure
 from data.results import memory, work
-from data.results.plan import Sketch, ahead, page, speed
+from data.results.plan import Row, Sketch, page, speed
 from model import Choice, finetune, load, read
 
 DEMO = {name: str(ROOT / "data/demo" / name) for name in ("weak", "strong")}
@@ -254,6 +254,16 @@ def test_the_plan_is_the_run(flags, tiny, weightless, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_labels_of_the_file_need_no_weak_model(weightless, tmp_path):
+    task = Path(weightless[weightless.index("--task") + 1])
+    lines = [json.loads(line) | {"weak": [0.1, 0.2, 0.3, 0.4]} for line in task.read_text().splitlines()]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strong = weightless[weightless.index("--strong") + 1]
+    rows = selw2s.plan(selw2s.parse(["--task", str(tmp_path / "labelled.jsonl"), "--strong", strong, "--methods",
+                                     "naive", "--plan"]))
+    assert [row.name for row in rows] == ["read labelled", "read transfer", "read test", "naive"]
+
+
 def test_what_is_printed(weightless, capsys):
     """All in 110 columns; a GPU is planned without one; LoRA has small gradients and moments."""
     def go(*flags):
@@ -278,14 +288,9 @@ def test_the_hours_are_operations_by_speed():
     device, per_second = speed("cpu", "float32", network.config, seconds=0.05)
     assert device == "cpu" and 1e8 < per_second < 1e14
     assert speed("cuda:99", "bfloat16", network.config, seconds=0.01)[0] == "cpu"
-    row = selw2s_row(operations=int(3.6e15))
+    row = Row("naive", "finetune strong", 10, 100, int(3.6e15), memory.Memory(10 ** 9))
     words = page([row], ("cpu", 1e12), "float32").splitlines()[1].split()
     assert words[-6:] == ["60", "min", "7.7", "min", "2.2", "min"]      # 1, 0.4 x 19.5, 0.4 x 67 times 1e12
-
-
-def selw2s_row(operations):
-    from data.results.plan import Row
-    return Row("naive", "finetune strong", 10, 100, operations, memory.Memory(10 ** 9))
 
 
 def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_path):
@@ -299,7 +304,7 @@ def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_pat
     # a product's two operations, forward, again (activation checkpointing) and backward by activations alone
     per_token = (naive.operations / (naive.tokens + naive.tokens * 68 / 48 / 2)) / 70.2e9
     assert 4 < per_token < 6
-    assert ahead and rows[0].memory.weights > 2 * 72e9      # the strong model is there from the beginning
+    assert rows[0].memory.weights > 2 * 72e9      # the strong model is there from the beginning
 
 
 @pytest.mark.parametrize("damage, words", [

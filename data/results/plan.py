@@ -2,12 +2,14 @@
 
 stages_of runs the method's own steps (selw2s.prepare, selw2s.student) with a Ledger in the place of
 data.cache.Stages: it notes what every stage is given and gives values of the right shapes back, so a plan has
-the stages of the run, with the run's own inputs. For --plan the two models are Sketches, known by config.json
-and tokenizer. Operations: work.py; bytes: memory.py.
+the stages of the run, with the run's own inputs. For --plan the models are Sketches, known by config.json and
+tokenizer. Operations: work.py; bytes: memory.py.
 """
 import math
+import re
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -79,26 +81,26 @@ class Ledger:
 
 
 def stages_of(setup) -> list[Row]:
-    """All stages of a run on an empty cache, in its order; setup: selw2s.Setup. Exact but for
-    confidence-only and two-stage, whose items are drawn at random here. Not foreseen: what --analysis
-    cross-task prepares of other tasks."""
+    """All stages of a run on an empty cache, in its order; setup: selw2s.Setup. Exact but for confidence-only
+    and two-stage, whose items follow from values. Not foreseen: what --analysis prepares beside students."""
     import selw2s       # here, as it imports this module
-    models = (*(supervisor.model for supervisor in setup.supervisors), setup.strong)
+    models = [supervisor.model for supervisor in setup.supervisors] + [setup.strong]
     ledger = Ledger({model.sha256: model.network for model in models})
-    config = selw2s.replace(setup.config, keep="")
+    config = replace(setup.config, keep="")
     setup = setup._replace(config=config, stages=ledger)
-    trained = [method for method in config.methods if method not in selw2s.ALWAYS]
-    trained += [method for method, times in EXTRA[config.analysis].items() for _ in range(times)]
     for seed in config.seeds:
         prep = selw2s.prepare(setup, seed)
-        for method in trained:
-            labels = ledger.made_up(len(prep.transfer.items))
+        inputs, ask = prep.transfer.inputs, [prep.transfer.inputs, prep.test.inputs]
+        for method in config.methods:
+            labels = ledger.made_up(len(inputs))
             if method in FITTED:
-                inputs, ask = prep.transfer.inputs, [prep.transfer.inputs, prep.test.inputs]
                 selw2s.finetuned(method, setup, setup.strong, inputs, labels, ask, seed)
-            else:
+            elif method not in selw2s.ALWAYS:
                 selected = selw2s.Selected(*[labels] * len(selw2s.Selected._fields))
                 selw2s.student(method, setup, prep, None, selected)
+        for method, times in EXTRA[config.analysis].items():
+            for _ in range(times):
+                selw2s.finetuned(method, setup, setup.strong, inputs, ledger.made_up(len(inputs)), ask, seed)
     return ledger.rows
 
 
@@ -136,7 +138,7 @@ def settings_of(source: str) -> Path:
 
 
 def sketched(source: str, answers: bool, config):
-    """selw2s.Pretrained without weights; LoadError as selw2s.pretrained raises it."""
+    """selw2s.pretrained without weights."""
     import selw2s
     folder = settings_of(source)
     try:
@@ -193,7 +195,7 @@ def page(rows: list[Row], here: tuple[str, float], dtype: str) -> str:
     speed."""
     by_name = {}
     for row in rows:
-        by_name.setdefault(row.name.rstrip("-0123456789"), []).append(row)
+        by_name.setdefault(re.sub(r"-\d+$", "", row.name), []).append(row)
     speeds = [here[1], *(USED * peak[dtype] for peak in PEAK.values())]
     lines = [["stage", "items", "tokens", "operations", "weights", "grad.", "Adam", "activ.", "logits",
               "peak", "here", *PEAK]]
@@ -207,7 +209,7 @@ def page(rows: list[Row], here: tuple[str, float], dtype: str) -> str:
     note = (f"weights to peak: GB on one device when a stage needs most. here: {here[0]}, "
             f"{here[1] / 1e9:,.0f}e9 operations a second in {dtype} products; {' and '.join(PEAK)} at "
             f"{USED:.0%} of their peak. Not counted: probes, the graph, and time that is no product: small "
-            "models on short texts take longer.")
+            "models on short texts take longer, two or three times on a CPU.")
     return "\n".join([*table, "", textwrap.fill(note, 110)])
 
 
