@@ -252,6 +252,7 @@ from torch import Tensor
 from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit,
                   halves, items, judged, load_task, options_of, prompt, unconditional)
 from data.cache import Stages, digest
+from data.checkpoint import check_device
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option, true_labels
 from data.results.page import write_page
@@ -1271,6 +1272,7 @@ def run(config: Config) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     print(described(config))
+    check_device(config.device)
     setup, counts = set_up(config, Stages(Path(config.out) / "cache", tell, config.device))
     setup.strong.network.check_head()
     setup.stages.progress.ahead = ahead(setup)
