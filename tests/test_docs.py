@@ -78,6 +78,7 @@ def test_reference_runs_are_of_one_code_and_say_their_command():
     for name in make_results.TASKS:
         assert (len(runs[name]["seeds"]) == 6
                 and tuple(runs[name]["metrics"]["methods"]) == selw2s.METHODS)
+    assert runs["demo-sciq"]["seconds"] / 6 < 240       # all methods, three supervisors: one seed
 
 
 ALLOWED = {"selw2s": {"model", "graph", "data"}, "model": {"data"}, "graph": set(), "data": {"data"}}

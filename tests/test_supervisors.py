@@ -335,9 +335,9 @@ def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_
     assert {name for name in a if a[name] != b[name]} == {"ceiling"} and "raven" in a
 
 
-@pytest.mark.parametrize("flags", [("--protocol", "openai"), ("--shots", "2"), ("--student", "answer"),
-                                   ("--tune", "head"), ("--tune", "lora"), ("--own", "judge"), ("--folds", "3"),
-                                   ("--analysis", "difficulty"), ("--seeds", "0", "1")])
+@pytest.mark.parametrize("flags", [
+    ("--protocol", "openai", "--shots", "2"), ("--student", "answer", "--tune", "lora", "--folds", "3"),
+    ("--tune", "head", "--own", "judge"), ("--analysis", "difficulty")])
 def test_labels_of_a_file_go_with_every_flag(tiny, tmp_path, flags):
     """Hard votes of one annotator who never abstains, as integers."""
     def vote(row, i):
@@ -474,11 +474,3 @@ def test_representation_compares_weak_models(tiny, tmp_path):
     assert (np.mean([row["predicted_error"] for row in result["analysis"]["strong"]])
             < np.mean([row["predicted_error"] for row in result["analysis"]["weak"]]))
     assert (next(tmp_path.glob("*/*/result.json")).parent / "analysis.svg").exists()
-
-
-@pytest.mark.slow
-def test_every_method_with_three_supervisors_takes_under_four_minutes_on_the_demo(tmp_path):
-    import time
-    start = time.perf_counter()
-    result = s.run(s.parse(["--methods", "all", "--weak-seeds", "3", "--out", str(tmp_path)]))
-    assert time.perf_counter() - start < 240 and len(result["metrics"]["methods"]) == len(s.METHODS)
