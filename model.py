@@ -781,10 +781,11 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     linear maps) or head (of a classifier). What answers keeps its embedding and its head as they are: both
     are large, often one tensor, and few of their rows are in use.
     target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the
-    given w (B,), and the fraction of steps done. Micro-batches hold at most batch_tokens tokens and halve
-    when memory runs out; gradients are always the whole batch's. checkpoint: recompute activations.
-    progress(step, steps, loss) follows each step. TrainError for settings that do not go together, a loss or
-    weights that are not finite, and an input that does not fit into memory."""
+    given w (B,), and the fraction of steps done; targets may then be (N, S), and w is (B, S). Micro-batches
+    hold at most batch_tokens tokens and halve when memory runs out; gradients are always the whole batch's.
+    checkpoint: recompute activations. progress(step, steps, loss) follows each step. TrainError for settings
+    that do not go together, a loss or weights that are not finite, and an input that does not fit into
+    memory."""
     check_settings(student, tune, head_init)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
@@ -839,8 +840,9 @@ def smaller(budget: int, lengths: list[int], error: RuntimeError, step: int) -> 
 
 def gradients(learner: Learner, indices: list[int], w: Tensor, target_fn, fraction: float,
               budget: int) -> float:
-    """Adds the gradients of a batch's mean cross-entropy against w (B,), one backward pass per micro-batch;
-    the loss. target_fn needs p of the whole batch before any gradient: several micro-batches run twice."""
+    """Adds the gradients of a batch's mean cross-entropy against w (B,), or what target_fn makes of w, one
+    backward pass per micro-batch; the loss. target_fn needs p of the whole batch before any gradient: several
+    micro-batches run twice."""
     micro = batches([learner.sizes[i] for i in indices], budget)  # indices into indices
     parts = [[indices[j] for j in part] for part in micro]
     alone = learner.log_p(parts[0]) if len(parts) == 1 else None

@@ -82,7 +82,7 @@ class Config:
     student: str = flag("classifier", "a linear head, or the model's own answer: softmax of options [D17]",
                         choices=("classifier", "answer"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
-    epochs: int = flag(2, "passes over the training items", metavar="N")
+    epochs: int = flag(2, "passes over the training items [D9]", metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
     analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; "
@@ -314,7 +314,6 @@ class Outcome(NamedTuple):
 
 class Supervisor(NamedTuple):
     """A weak model and one order of its training items (--weak-seeds)."""
-    title: str
     model: Pretrained
     order: int
 
@@ -325,6 +324,7 @@ class Setup(NamedTuple):
     task: Task          # as all models can read it
     supervisors: tuple[Supervisor, ...]     # those that are trained; none where the file brings weak labels
     strong: Pretrained
+    titles: list[str]   # of all supervisors: those that are trained, then those of the task's file
     stages: Stages      # finished ones on disk; tells of the others
 
 
@@ -1006,7 +1006,7 @@ def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
         case "logconf" | "product":
             return weak
         case "confidence-only":
-            return where(surer(weak), weak)
+            return left_out_but(surer(weak), weak)
         case "fused":
             return fused(prep, known.learn, known.transfer)
         case "trust":
@@ -1057,7 +1057,7 @@ def surer(labels: Tensor, share: float = 0.5) -> Tensor:
     return out
 
 
-def where(rows: Tensor, labels: Tensor) -> Tensor:
+def left_out_but(rows: Tensor, labels: Tensor) -> Tensor:
     """labels (n,) where rows (n,) bool; NaN, left out, elsewhere."""
     return torch.where(rows, labels, torch.nan)
 
@@ -1124,8 +1124,8 @@ def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.
         return mean
     out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows], mean[rows],
                     [[inputs[i] for i in others]], prep.seed)
-    labels = where(first, mean)
-    labels[others] = where((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
+    labels = left_out_but(first, mean)
+    labels[others] = left_out_but((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
     return labels
 
 
@@ -1208,11 +1208,10 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[
     return task, counts
 
 
-def titled(sources, orders: int) -> list[str]:
-    """A title per supervisor, each once: the last part of its directory or hub id; #2, #3 ... for another of
-    the same name, as another order of training is."""
+def titled(names: list[str]) -> list[str]:
+    """The names, each once: #2, #3 ... is another of the same name, as another order of training is."""
     out = []
-    for name in [Path(source).resolve().name for source in sources for _ in range(orders)]:
+    for name in names:
         title, count = name, 1
         while title in out:
             title, count = f"{name} #{count + 1}", count + 1
@@ -1237,10 +1236,10 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
     weak = [load_model(source, False, config) for source in sources]
     strong = load_model(config.strong or str(HERE / "data/demo/strong"), config.student == "answer", config)
     task, counts = fitted(task, (*weak, strong), config, stages.tell)
-    each = [(model, order) for model in weak for order in range(config.weak_seeds)]
-    titles = titled(sources, config.weak_seeds)
-    supervisors = tuple(Supervisor(title, *one) for title, one in zip(titles, each))
-    setup = Setup(config, task, supervisors, strong, stages)
+    supervisors = tuple(Supervisor(model, order) for model in weak for order in range(config.weak_seeds))
+    names = [Path(source).resolve().name for source in sources for _ in range(config.weak_seeds)]
+    titles = titled(names + [name for name, _ in task.train[0].weak])
+    setup = Setup(config, task, supervisors, strong, titles, stages)
     if "debate" in config.methods:
         check_transcripts(setup)
     return setup, counts
@@ -1249,12 +1248,12 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
 def check_transcripts(setup: Setup) -> None:
     """DataError for a transcript that does not fit into its supervisor's context in front of its question."""
     for q in setup.task.train + setup.task.test:
-        for text, supervisor in zip(q.transcripts, setup.supervisors):
+        for text, supervisor, title in zip(q.transcripts, setup.supervisors, setup.titles):
             model, options = supervisor.model, options_of([q])[0]
             whole = [f"{text}\n{prompt(q)}{option}" for option in options]
             tokens, room = max(map(len, model.tokenizer.encode(whole))), model.network.config.context
             if tokens > room:
-                raise DataError(f"question {q.id}: with its transcript for {supervisor.title} it has "
+                raise DataError(f"question {q.id}: with its transcript for {title} it has "
                                 f"{tokens} tokens, over the model's {room}: shorten it")
 
 

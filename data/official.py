@@ -119,7 +119,9 @@ def sciq(split: str, data_dir: str | None = None) -> Iterable[Row]:
         options = [row["distractor1"], row["distractor2"], row["distractor3"]]
         answer = zlib.crc32(row["question"].encode()) % 4
         options.insert(answer, row["correct_answer"])
-        keys = [key("question", row["question"])] + [key("passage", row["support"])] * bool(row["support"])
+        keys = [key("question", row["question"])]
+        if row["support"]:
+            keys.append(key("passage", row["support"]))
         yield Question(f"sciq-{split}-{n}", "", "", row["question"], tuple(options), answer), keys
 
 

@@ -2,8 +2,8 @@
 
     python tests/bench_routing.py --task sciq --weak pair/smollm2-135m --strong pair/gemma-3-270m --limit 3000
 
-The flags are selw2s.py's. What a run with the same flags and --out has in its cache is not done again; no student
-is trained. A JSON line per seed; data/results/routing.json keeps some.
+The flags are selw2s.py's. What a run with the same flags and --out has in its cache is not done again; no
+student is trained. A JSON line per seed; data/results/routing.json keeps some.
 """
 import json
 import shlex

@@ -1,8 +1,9 @@
 """The text of the demo world, and the checkpoints pretrained on it: data/demo, or a pair for real SciQ.
 
 How the world was tuned: by hand, until on demo-sciq the weak model lay between 0.60 and 0.75 and the ceiling
-at least 0.12 above it. The levers were the fame of people, the number of question, gossip and statement lines,
-and the models' sizes and epochs, judged by test accuracy; the method's own settings stayed at their defaults.
+at least 0.12 above it. The levers were the fame of people, the number of question, gossip and statement
+lines, and the models' sizes and epochs, judged by test accuracy; the method's own settings stayed at their
+defaults.
 Tried and given up: 480 people half as famous (a smaller gap, a worse P(IK)); thousands of short passages with
 a question each, in every edition or in some (the weak model still cannot look an answer up, and knows less):
 so on demo-boolq the weak supervisor is at chance, and naive with it.

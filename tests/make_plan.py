@@ -1,7 +1,7 @@
-"""What --plan says of public pairs up to 72B: data/results/plan.json, from which make_results.py makes tables.
+"""What --plan says of public pairs up to 72B: data/results/plan.json, of which make_results.py makes tables.
 
-    python tests/make_plan.py TOKENIZERS        minutes; two folders in there, gpt2 and qwen, with the tokenizer's
-                                                files of GPT-2 and of Qwen2.5 (first-generation Qwen: the same ids)
+    python tests/make_plan.py TOKENIZERS    minutes; two folders in there, gpt2 and qwen, with the tokenizer's
+                                            files of GPT-2 and of Qwen2.5 (first Qwen: the same ids)
 
 Full official data from $SELW2S_DATA. Of CosmosQA it needs the validation file alone: its questions, over and
 over, stand for the 25,262 of training. Their config.json is given below as far as it bears on cost.
@@ -61,7 +61,8 @@ def cosmosqa(file: Path) -> None:
     lines = []
     for i, row in zip(range(25262 + 2985), rows):
         lines.append(json.dumps({
-            "id": str(i), "group": str(i), "split": "test" if i < 2985 else "train", "context": row["context"],
+            "id": str(i), "group": str(i), "split": "test" if i < 2985 else "train",
+            "context": row["context"],
             "question": row["question"], "options": [row[f"answer{n}"] for n in range(4)],
             "answer": int(row["label"])}) + "\n")
     file.write_text("".join(lines), "utf-8")
@@ -71,13 +72,14 @@ def main(tokenizers: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         place, rows = Path(name), []
         for model, shape in SHAPES.items():
-            shutil.copytree(Path(tokenizers) / ("gpt2" if shape["model_type"] == "gpt2" else "qwen"), place / model)
+            kind = "gpt2" if shape["model_type"] == "gpt2" else "qwen"
+            shutil.copytree(Path(tokenizers) / kind, place / model)
             (place / model / "config.json").write_text(json.dumps(shape))
         cosmosqa(place / "cosmosqa.jsonl")
         for task, (weak, strong), flags in PLANS:
             which = str(place / "cosmosqa.jsonl") if task == "cosmosqa" else task
-            config = selw2s.parse(["--task", which, "--weak", str(place / weak), "--strong", str(place / strong),
-                                   "--device", "cuda", *flags, "--plan"])
+            models = ("--weak", str(place / weak), "--strong", str(place / strong))
+            config = selw2s.parse(["--task", which, *models, "--device", "cuda", *flags, "--plan"])
             stages = selw2s.plan(config)
             most = max(stages, key=lambda row: row.memory.peak())
             rows.append({"task": task, "weak": weak, "strong": strong, "flags": " ".join(flags),

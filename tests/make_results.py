@@ -62,7 +62,8 @@ DECISIONS = {       # row of the README's table of decisions: flags of its alter
     "D3": (("--target", "soft"),),
     "D4": (("--tau", "answers"), ("--tau", "labels"), ("--tau", "item"), ("--tau", "0.5")),
     "D5": (("--anchors", "0"),), "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")),
-    "D9": (("--lr", "2e-4"),), "D15": (("--gamma", "1"),), "D16": (("--folds", "2"), ("--folds", "10")),
+    "D9": (("--lr", "2e-4"), ("--epochs", "1")), "D15": (("--gamma", "1"),),
+    "D16": (("--folds", "2"), ("--folds", "10")),
     "D17": (("--student", "answer"),), "D18": (("--route", "belief"), ("--route", "both"))}
 BARE = "import sys; sys.modules['matplotlib'] = None; import selw2s; sys.exit(selw2s.main())"
 
@@ -156,15 +157,16 @@ def seconds(result: dict) -> float:
 
 def main_table(names) -> str:
     """One row per run: the methods that the claim is about. A demo's says that it is synthetic."""
-    head = ["run", "weak", "**zero-shot**", "naive", "**selective**", "fused", "ceiling", "selective - naive",
-            "selective - zero-shot", "PGR naive", "PGR selective", "test items x seeds", "minutes"]
+    shown = ("weak", "zero-shot", "naive", "self-only", "selective", "fused", "strong-on-D_l", "ceiling")
+    head = ["run", *shown, "selective - naive", "selective - zero-shot", "PGR naive", "PGR selective",
+            "test items x seeds", "minutes"]
     lines = [row_of(head), "|---" * len(head) + "|"]
     for name in names:
         result = kept(name)
         if result is None:
             lines.append(row_of([name, "not measured", *[""] * (len(head) - 2)]))
             continue
-        cells = [cell(result, m) for m in ("weak", "zero-shot", "naive", "selective", "fused", "ceiling")]
+        cells = [cell(result, m) for m in shown]
         cells += [difference(result, "selective", other) for other in ("naive", "zero-shot")]
         cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "selective")]
         cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
@@ -349,7 +351,9 @@ def finding(_: str) -> str:
             seeds, n = len(result["seeds"]), result["metrics"]["test_items"]
             cells = [f"{title} {cell(result, m)}" for m, title in (
                 ("weak", "weak"), ("zero-shot", "the strong model untouched (zero-shot)"), ("naive", "naive"),
-                ("selective", "**selective**"), ("ceiling", "ceiling"))]
+                ("self-only", "its own answers alone (self-only)"), ("selective", "**selective**"),
+                ("strong-on-D_l", "the strong model finetuned on the labelled half (strong-on-D_l)"),
+                ("ceiling", "ceiling"))]
             return (f"On official SciQ ({n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}; real "
                     f"models, 135M and 268M parameters, `--student {result['config']['student']}`): "
                     f"{', '.join(cells)}. Selective is {verdict(result, 'naive')} "

@@ -278,7 +278,7 @@ def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
 
 
 def part(n, seed=0, fold=True):
-    """A Part of n items with random contents, K = 4 options, R = 2 states of width 3; truth and fold of D_l."""
+    """A Part of n items with random contents, K = 4 options, R = 2 states of width 3; of D_l truth, fold."""
     g = torch.Generator().manual_seed(seed)
     p = torch.rand(n, 4, generator=g, dtype=torch.float64)
     option = torch.randint(4, (n,), generator=g)

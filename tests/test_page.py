@@ -29,8 +29,8 @@ def go(tiny, out, *more):
 def ran(tiny, tmp_path_factory):
     """A run of two seeds with smoothing on: result and folder."""
     out = tmp_path_factory.mktemp("ran")
-    result = go(tiny, out, "--methods", "naive", "selective", "--seeds", "0", "1", "--alpha", "0.5", "--k", "5",
-                "--tau", "0.4")
+    result = go(tiny, out, "--methods", "naive", "selective", "--seeds", "0", "1", "--alpha", "0.5",
+                "--k", "5", "--tau", "0.4")
     return result, next(out.glob("*/*/result.json")).parent
 
 
@@ -38,7 +38,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "labels.jsonl").read_text("utf-8").splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------- labels out
+# ------------------------------------------------------------------------------------------------- labels out
 def test_labels_are_what_selective_was_trained_on(ran, tiny):
     result, folder = ran
     rows, task = lines(folder), selw2s.load_task(tiny[1])
@@ -50,13 +50,16 @@ def test_labels_are_what_selective_was_trained_on(ran, tiny):
                  ("id", "group", "weak", "own", "p_ik", "refined", "is_self", "label/selective")}
             for name in ("id", "group"):
                 assert [row[name] for row in mine] == u[name].tolist()
-            for name, of in (("label", "label/selective"), ("own", "own"), ("p_ik", "p_ik"), ("refined", "refined")):
+            for name, of in (("label", "label/selective"), ("own", "own"), ("p_ik", "p_ik"),
+                             ("refined", "refined")):
                 np.testing.assert_array_equal(np.array([row[name] for row in mine], np.float32), u[of])
-            np.testing.assert_array_equal(np.array([row["weak"]["weak"] for row in mine], np.float32), u["weak"])
+            weak = np.array([row["weak"]["weak"] for row in mine], np.float32)
+            np.testing.assert_array_equal(weak, u["weak"])
             assert [row["source"] for row in mine] == ["own" if own else "smoothed" for own in u["is_self"]]
             for row in mine:
                 q = question[row["question_id"]]
-                assert row["id"].startswith(q.id + "/") and row["text"] == f"{selw2s.prompt(q)} {row['candidate']}"
+                assert row["id"].startswith(q.id + "/")
+                assert row["text"] == f"{selw2s.prompt(q)} {row['candidate']}"
                 assert row["candidate"] == q.options[int(row["id"].rsplit("/", 1)[1])]
     assert {row["source"] for row in rows} == {"own", "smoothed"} and len({tuple(row) for row in rows}) == 1
 
@@ -188,7 +191,8 @@ def test_the_page_has_all_items_and_needs_nothing_else(ran, tiny):
 def test_classes_and_questions_of_items():
     def became(source, label, weak, truth):
         return class_of({"source": source, "label": label}, weak, truth)
-    assert became("own", 1.0, 0.2, 1.0) == "routed and right" and became("own", 1.0, 0.2, 0.0) == "routed and wrong"
+    assert became("own", 1.0, 0.2, 1.0) == "routed and right"
+    assert became("own", 1.0, 0.2, 0.0) == "routed and wrong"
     assert became("smoothed", 0.6, 0.4, 1.0) == "repaired by smoothing"
     assert became("smoothed", 0.6, 0.4, 0.0) == "broken by smoothing"
     assert became("weak", 0.6, 0.6, 1.0) == became("smoothed", 0.9, 0.6, 1.0) == "weak and right"
@@ -247,7 +251,7 @@ def test_ten_thousand_items_are_quick_and_small(ran, tmp_path):
     print(f"10,000 items: {seconds:.2f} s, {size / 1e6:.2f} MB")
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
+# ----------------------------------------------------------------------------------------------- in a browser
 def in_browser(folder, script, fragment=""):
     """The page after `script` ran in it, whose value lands in the title."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -267,7 +271,8 @@ def in_browser(folder, script, fragment=""):
 
 
 READ = """
-const column = name => [...document.querySelectorAll(`#items td[data-name="${name}"]`)].map(x => x.textContent)
+const cells = name => document.querySelectorAll(`#items td[data-name="${name}"]`)
+const column = name => [...cells(name)].map(x => x.textContent)
 const press = name => [...document.querySelectorAll("#items th")].find(x => x.dataset.name == name).firstChild
 const choose = (id, value) => {
   document.getElementById(id).value = value
@@ -302,7 +307,8 @@ def test_the_browser_sorts_and_filters(ran):
 def test_the_browser_shows_hostile_text_as_it_is(hostile):
     items = json.loads(parsed(hostile).block)
     got = in_browser(hostile, READ + """
-        return [column("candidate"), document.querySelectorAll("img, #items script").length, document.title]""")
+        const strange = document.querySelectorAll("img, #items script").length
+        return [column("candidate"), strange, document.title]""")
     assert got[0] == [item[3] for item in items] and got[1] == 0 and got[2].startswith("task: ")
 
 

@@ -36,10 +36,12 @@ def clock():
 
 
 def two_kinds(clock, step, stages=4):
-    """A run of a weak stage of 100 steps and strong ones, 100 steps of `step` seconds each, ten times the work."""
+    """A run of a weak stage of 100 steps and strong ones, 100 steps of `step` seconds each, ten times the
+    work."""
     progress = Progress(clock)
     progress.ahead = {"weak": ("finetune weak", 100.0, 1), "strong": ("finetune strong", 1000.0, stages)}
-    for name, kind, work in (("weak", "finetune weak", 100.0), *[("strong", "finetune strong", 1000.0)] * stages):
+    strong = [("strong", "finetune strong", 1000.0)] * stages
+    for name, kind, work in (("weak", "finetune weak", 100.0), *strong):
         progress.begin(name, kind, work, tokens=5000)
         part = progress.part(work)
         for i in range(100):
@@ -59,7 +61,8 @@ def test_in_a_pipe_a_line_a_minute_and_the_estimate_is_right(clock, monkeypatch)
     lines = sys.stderr.getvalue().splitlines()
     assert total / 60 * 0.7 < len(lines) <= total / 60
     assert lines[0] == "progress  run 1%, 2:15:40 left; weak 30%, 2:20 left, 25 tokens/s, loss 0.500"
-    assert all(re.fullmatch(r"progress  run \d+%, \S+ left; \w+ \d+%, \S+ left, \d+ tokens/s, loss 0.500", line)
+    form = r"progress  run \d+%, \S+ left; \w+ \d+%, \S+ left, \d+ tokens/s, loss 0.500"
+    assert all(re.fullmatch(form, line)
                for line in lines)
 
 
@@ -76,8 +79,9 @@ def test_on_a_terminal_a_bar_that_is_erased_at_each_stages_end(clock, monkeypatc
     for progress in two_kinds(clock, 2.0, stages=1):
         if progress.at == progress.work:
             text = sys.stderr.getvalue()
-            assert re.search(r"\|.{10}\| run \d+%, \S+ left; weak 100%, 0:00 left, 25 tokens/s, loss 0.5", text)
-            assert max(map(len, re.split("\r", text))) < 80    # a line of a terminal that does not say its width
+            assert re.search(
+                r"\|.{10}\| run \d+%, \S+ left; weak 100%, 0:00 left, 25 tokens/s, loss 0.5", text)
+            assert max(map(len, re.split("\r", text))) < 80    # of a terminal that does not say its width
             seen += 1
     text = sys.stderr.getvalue()
     assert seen == 2 and "\n" not in text
@@ -135,7 +139,8 @@ def test_a_stage_that_fails_leaves_no_bar(tmp_path, monkeypatch, clock):
     assert re.search(r"\r *\r$", sys.stderr.getvalue()) and "x 33%" in sys.stderr.getvalue()
 
 
-@pytest.mark.parametrize("flags", [(), ("--student", "answer", "--tune", "lora"), ("--own", "judge", "--tune", "head"),
+@pytest.mark.parametrize("flags", [(), ("--student", "answer", "--tune", "lora"),
+                                   ("--own", "judge", "--tune", "head"),
                                    ("--shots", "2", "--seeds", "0", "1")])
 def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
     """Every stage is foreseen by name and kind, its work to the last operation (but confidence-only's, whose
@@ -144,7 +149,8 @@ def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(selw2s, "ahead", lambda setup: foreseen.update(ahead(setup)) or dict(foreseen))
     monkeypatch.setattr(Progress, "begin", lambda self, name, kind, work, tokens: (
         done.setdefault(name, []).append((kind, work)), real(self, name, kind, work, tokens)))
-    selw2s.run(selw2s.parse([*tiny, "--out", str(tmp_path), *flags, "--methods", "naive", "confidence-only", "selective",
+    selw2s.run(selw2s.parse([*tiny, "--out", str(tmp_path), *flags, "--methods", "naive", "confidence-only",
+                             "selective",
                              "strong-on-D_l", "--tau", "0.3", "--alpha", "0.5", "--k", "5"]))
     assert done.keys() == foreseen.keys()
     for name, stages in done.items():

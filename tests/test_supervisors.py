@@ -45,7 +45,7 @@ def annotated(tiny, folder, edit=None, names=("ann", "bob", "cy")):
     return ["--task", str(file), *tiny[4:]], rows     # without --weak
 
 
-# ------------------------------------------------------------------------------------------ several supervisors
+# ---------------------------------------------------------------------------------------- several supervisors
 @pytest.fixture(scope="module")
 def three(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("three")
@@ -86,10 +86,11 @@ def test_several_models_are_several_supervisors_each_with_its_seeds(tiny, tmp_pa
     flags = [*tiny[:3], tiny[3], tiny[5], *tiny[4:], "--weak-seeds", "2", "--methods", "weak"]
     result = go(flags, tmp_path)
     assert result["seeds"][0]["supervisors"] == ["weak", "weak #2", "strong", "strong #2"]
-    assert len(result["models"]["weak"]) == 2 and result["models"]["weak"][1]["sha256"] == result["models"]["strong"]["sha256"]
+    weak, strong = result["models"]["weak"], result["models"]["strong"]
+    assert len(weak) == 2 and weak[1]["sha256"] == strong["sha256"] != weak[0]["sha256"]
     trained = [stage["name"] for stage in result["stages"] if stage["name"].startswith("weak")]
     assert trained == ["weak", "weak 2", "weak 3", "weak 4"]
-    assert sum(stage["name"].startswith("cross-") for stage in result["stages"]) == 5      # the first one alone
+    assert sum(stage["name"].startswith("cross-") for stage in result["stages"]) == 5  # the first one alone
 
 
 def test_the_work_ahead_foresees_every_stage_of_several_supervisors(tiny, tmp_path):
@@ -97,11 +98,11 @@ def test_the_work_ahead_foresees_every_stage_of_several_supervisors(tiny, tmp_pa
     flags = ("--weak-seeds", "3", "--methods", "naive", *RECIPES)
     setup = set_up(tiny, tmp_path, *flags)
     names = {stage["name"] for stage in go(tiny, tmp_path, *flags)["stages"]}
-    found = {"debate 1", "debate 2", "debate 3", "debate"}      # the ensemble's, where there are no transcripts
+    found = {"debate 1", "debate 2", "debate 3", "debate"}      # the ensemble's, without transcripts
     assert names - found == set(ahead(setup)) - found
 
 
-# -------------------------------------------------------------------------------------------------- the recipes
+# ------------------------------------------------------------------------------------------------ the recipes
 def test_raven_forgets_a_supervisor_of_noise():
     """Students that learn the truth: two good supervisors, one of noise."""
     g, rule, shares = torch.Generator().manual_seed(0), s.raven(), []
@@ -214,7 +215,7 @@ def test_label_model_is_the_posterior_of_its_own_accuracies():
         assert float(p[i]) == pytest.approx(prior * yes / (prior * yes + (1 - prior) * no), abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------- labels in
+# -------------------------------------------------------------------------------------------------- labels in
 def test_labels_of_annotators_need_no_weak_model(tiny, tmp_path):
     argv, rows = annotated(tiny, tmp_path)
     result = go(argv, tmp_path, "--methods", "all")
@@ -276,7 +277,8 @@ def test_yes_no_and_repeated_options_keep_their_probabilities(tmp_path):
     from data.jsonl import load
     rows = [{"question": f"is {i} red", "options": ["Yes", "no"], "answer": i % 2, "weak": [0.8, 0.2]}
             for i in range(40)]
-    rows += [{"question": f"which {i}", "options": ["a", "b", "a ", "c"], "answer": 1, "weak": [0.1, 0.4, 0.2, 0.3]}
+    rows += [{"question": f"which {i}", "options": ["a", "b", "a ", "c"], "answer": 1,
+              "weak": [0.1, 0.4, 0.2, 0.3]}
              for i in range(40)]
     file = tmp_path / "t.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -290,7 +292,8 @@ PROBABILITIES = "must be null or 4 probabilities, one per option, that sum to 1"
 
 @pytest.mark.parametrize("weak, says", [
     ([0.5, 0.5], PROBABILITIES), ([0.2, 0.2, 0.2, 0.2], PROBABILITIES), ([2, -1, 0, 0], PROBABILITIES),
-    ([1, 0, 0, "0"], PROBABILITIES), ([True, False, False, False], PROBABILITIES), (0.5, "must be list or dict"),
+    ([1, 0, 0, "0"], PROBABILITIES), ([True, False, False, False], PROBABILITIES),
+    (0.5, "must be list or dict"),
     ({"ann": [1, 0, 0, 0], "eve": None, "cy": None}, "by 'ann', 'cy', 'eve', not by 'ann', 'bob', 'cy'"),
     ({"ann": [1, 0, 0, 0]}, "by 'ann', not by"), ({}, "by nobody, not by"), (None, "by nobody, not by"),
     ({"ann": None, "bob": None, "cy": None}, "one supervisor must label"), ({"ann": {}}, PROBABILITIES),
@@ -314,11 +317,12 @@ def test_no_labels_and_no_weak_model_is_one_line(tiny, tmp_path, capsys):
 
 
 def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_path, monkeypatch):
-    """Items and questions of D_u and test get other answers, the file's labels stay: no other weight moves."""
+    """Items and questions of D_u and test get other answers, the file's labels stay: nothing else moves."""
     argv, _ = annotated(tiny, tmp_path)
     methods = ("--methods", *(m for m in s.METHODS if m != "oracle"))
     clean, task = go(argv, tmp_path / "clean", *methods), s.load_task(argv[1])
-    _, transfer = s.halves(s.items(task.train, protocol="paper", seed=0), task.train, protocol="paper", seed=0)
+    drawn = s.items(task.train, protocol="paper", seed=0)
+    _, transfer = s.halves(drawn, task.train, protocol="paper", seed=0)
     hidden, real = {item.question_id for item in transfer} | {q.id for q in task.test}, s.items
     by_id = {q.id: q for q in task.train + task.test}
 
@@ -335,9 +339,9 @@ def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_
     assert {name for name in a if a[name] != b[name]} == {"ceiling"} and "raven" in a
 
 
-@pytest.mark.parametrize("flags", [
-    ("--protocol", "openai", "--shots", "2"), ("--student", "answer", "--tune", "lora", "--folds", "3"),
-    ("--tune", "head", "--own", "judge"), ("--analysis", "difficulty")])
+@pytest.mark.parametrize("flags", [("--protocol", "openai"), ("--shots", "2"), ("--student", "answer"),
+                                   ("--tune", "head"), ("--tune", "lora"), ("--own", "judge"),
+                                   ("--folds", "3"), ("--analysis", "difficulty"), ("--seeds", "0", "1")])
 def test_labels_of_a_file_go_with_every_flag(tiny, tmp_path, flags):
     """Hard votes of one annotator who never abstains, as integers."""
     def vote(row, i):
@@ -390,11 +394,12 @@ def test_what_needs_a_weak_model_says_so(tiny, tmp_path, capsys, flags):
 
 
 def test_titles_are_given_once():
-    assert s.titled(["a/m", "b/m", "c"], 2) == ["m", "m #2", "m #3", "m #4", "c", "c #2"]
-    assert s.titled(["m", "m #2", "m"], 1) == ["m", "m #2", "m #3"]
+    assert s.titled(["m", "m", "m", "c", "c"]) == ["m", "m #2", "m #3", "c", "c #2"]
+    assert s.titled(["m", "m #2", "m"]) == ["m", "m #2", "m #3"]
+    assert s.titled(["m", "m", "m #2", "m #2"]) == ["m", "m #2", "m #2 #2", "m #2 #3"]
 
 
-# -------------------------------------------------------------------------------------------------------- debate
+# ----------------------------------------------------------------------------------------------------- debate
 def test_every_supervisor_reads_its_own_transcript(tiny, tmp_path, monkeypatch):
     def debated(row, i):
         row["transcripts"] = [f"pro {i}", f"con {i}"]
@@ -443,11 +448,12 @@ def test_transcripts_that_are_not_one_per_supervisor_are_refused(tiny, tmp_path,
     assert "2 transcripts a question for 1 supervisors" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ representation
+# --------------------------------------------------------------------------------------------- representation
 @pytest.mark.parametrize("n, c_s, c_w", [(40, 7, 5), (12, 30, 20)])
 def test_what_a_representation_lacks_is_the_dense_formula(n, c_s, c_w):
     g = torch.Generator().manual_seed(n)
-    strong, weak = (torch.randn(n, c, generator=g) @ torch.diag(torch.linspace(0.1, 3, c)) + 1 for c in (c_s, c_w))
+    strong, weak = (torch.randn(n, c, generator=g) @ torch.diag(torch.linspace(0.1, 3, c)) + 1
+                    for c in (c_s, c_w))
     y = (torch.rand(n, generator=g) < 0.5).float()
 
     def dense(x, ridge=0.1):
@@ -474,3 +480,11 @@ def test_representation_compares_weak_models(tiny, tmp_path):
     assert (np.mean([row["predicted_error"] for row in result["analysis"]["strong"]])
             < np.mean([row["predicted_error"] for row in result["analysis"]["weak"]]))
     assert (next(tmp_path.glob("*/*/result.json")).parent / "analysis.svg").exists()
+
+
+@pytest.mark.slow
+def test_every_method_with_three_supervisors_takes_under_four_minutes_on_the_demo(tmp_path):
+    import time
+    start = time.perf_counter()
+    result = s.run(s.parse(["--methods", "all", "--weak-seeds", "3", "--out", str(tmp_path)]))
+    assert time.perf_counter() - start < 240 and len(result["metrics"]["methods"]) == len(s.METHODS)

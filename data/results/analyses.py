@@ -146,7 +146,7 @@ def representation(setup, tasks: dict) -> dict:
             labels = prep.supervised.every[i]
             its = prep._replace(transfer=prep.transfer._replace(weak=labels))
             naive = selw2s.student("naive", kept_nowhere(setup), its, None, None)
-            out.setdefault(supervisor.title, []).append({
+            out.setdefault(setup.titles[i], []).append({
                 "seed": seed, "norm": norm, "predicted_error": error,
                 "error": float(((naive.transfer - ceiling).double() ** 2).mean()),
                 "label_accuracy": accuracy(labels, truth),

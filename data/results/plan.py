@@ -180,8 +180,13 @@ def duration(operations: float, per_second: float) -> str:
 
 
 def gigabytes(x: int) -> str:
-    """Three digits below 1, one after the point from 10."""
-    return f"{x / 1e9:.{1 if x >= 1e10 else 3 if x < 1e9 else 2}f}"
+    """Three digits below 100."""
+    digits = 2
+    if x < 1e9:
+        digits = 3
+    if x >= 1e10:
+        digits = 1
+    return f"{x / 1e9:.{digits}f}"
 
 
 def total(name: str, rows: list[Row]) -> Row:

@@ -53,14 +53,6 @@ def truth_used(setup, prep) -> dict[str, int]:
                    "label-model": n_l if setup.supervisors else shots}
 
 
-def titles(setup) -> list[str]:
-    """Of every supervisor, those that are trained first, then those of the task's file; each once."""
-    out = [supervisor.title for supervisor in setup.supervisors]
-    for name, _ in setup.task.train[0].weak:
-        out.append(name if name not in out else f"{name} (file)")
-    return out
-
-
 def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
     """One seed's arrays and choices, as named in items.npz and result.json. Of selw2s: setup: Setup, prep:
     Prepared, known: Known by router, s: Selected, done: Predictions by method."""
@@ -76,7 +68,7 @@ def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
         **{f"label/{method}": out.labels for method, out in done.items() if out.labels is not None}}.items()}
     return {"seed": prep.seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule,
             "layer": known[config.route].layer, "l2": known[config.route].probe.l2,
-            "supervisors": titles(setup), "trained": len(setup.supervisors) > 0,
+            "supervisors": setup.titles, "trained": len(setup.supervisors) > 0,
             "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
             "homophily": homophily, "truth_used": truth_used(setup, prep),
