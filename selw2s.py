@@ -82,7 +82,8 @@ class Config:
     student: str = flag("classifier", "a linear head, or the model's own answer: softmax of options [D17]",
                         choices=("classifier", "answer"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
-    epochs: int = flag(2, "passes over the training items [D9]", metavar="N")
+    epochs: object = flag("auto", "passes over the training items; auto: 2, of a student that answers 1 [D9]",
+                          metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
     analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; "
@@ -119,7 +120,7 @@ LIMITS = {      # flag: least value, greatest, what it must be (NaN compares fal
 
 
 def number(text: str):
-    """A word, an int or a float: the value of --tau, --alpha, --k and --lr; argparse shows this name."""
+    """A word, an int or a float: the value of an "auto" flag; argparse shows this name."""
     if text in ("auto", *TAU_RULES):
         return text
     try:
@@ -142,7 +143,7 @@ def fault(f, value) -> str:
         return "" if value and whole and len(set(value)) == len(value) else "whole numbers from 0, each once"
     if f.name in LIMITS and not (f.name == "tau" and value in TAU_RULES):
         low, high, need = LIMITS[f.name]
-        kinds = (int,) if f.name == "k" else (int, float)
+        kinds = (int,) if f.name in ("k", "epochs") else (int, float)
         return "" if type(value) in kinds and low <= value <= high else need
     return ""
 
@@ -276,6 +277,7 @@ class Pretrained(NamedTuple):
     tokenizer: object
     sha256: str         # of its files
     lr: float
+    epochs: int
     large: bool         # LARGE or more
 
 
@@ -294,6 +296,13 @@ def learning_rate(size: int, answers: bool, config: Config) -> float:
     return 0.4 * lr if answers else lr                                                              # [D9]
 
 
+def passes(answers: bool, config: Config) -> int:
+    """--epochs, or Burns' two; a student that answers learns the labels' noise in its second [D9]."""
+    if config.epochs != "auto":
+        return config.epochs
+    return 1 if answers else 2
+
+
 def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
     """Load a checkpoint; answers: whether its students answer instead of classify [D17]."""
     network, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
@@ -303,7 +312,8 @@ def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():
             with open(file, "rb") as f:
                 h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config), size >= LARGE)
+    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config),
+                      passes(answers, config), size >= LARGE)
 
 
 class Outcome(NamedTuple):
@@ -336,7 +346,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     target of a step from student's and given probability (model.finetune's target_fn). A stage: kept on disk.
     With --keep the finetuned model is saved too."""
     config, answers = setup.config, isinstance(inputs[0], Choice)
-    settings = dict(lr=start.lr, epochs=config.epochs, batch=config.batch, seed=seed, tune=config.tune,
+    settings = dict(lr=start.lr, epochs=start.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier")
     keep, progress = name == config.keep, setup.stages.progress
     work = stage_work(start.network, inputs, ask, settings, rule)
@@ -353,7 +363,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
     kind = "finetune strong" if start is setup.strong else "finetune weak"
     out = setup.stages("finetune", name, depends, compute, cost=(kind, work.training + sum(work.predicting)),
-                       tokens=work.tokens, steps=config.epochs * -(-len(inputs) // config.batch))
+                       tokens=work.tokens, steps=start.epochs * -(-len(inputs) // config.batch))
     if keep:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
         folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"

@@ -310,6 +310,20 @@ def routing_table(_: str) -> str:
     return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
 
 
+def finetune_table(_: str) -> str:
+    """Learning rates and passes tried on D_l (tests/bench_finetune.py)."""
+    rows = json.loads((RESULTS / "finetune.json").read_text("utf-8"))
+    lines = [row_of(["task, seed", "trained on", "labels right", "learning rate", "passes", "accuracy",
+                     "Brier"]), "|---" * 7 + "|"]
+    for row in rows:
+        asked = ("", "", "") if row["labels"] == "untouched" else (
+            f"{row['labels right']:.3f}", f"{row['lr']:g}", str(row["epochs"]))
+        lines.append(row_of([f"{row['task']}, {row['seed']}", row["labels"], *asked, f"{row['accuracy']:.3f}",
+                             f"{row['brier']:.3f}"]))
+    commands = dict.fromkeys(row["command"] for row in rows)
+    return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
+
+
 def decisions_table(text: str) -> str:
     """The table of decisions, its last column filled in: effects on the selective student."""
     rows = json.loads((RESULTS / "decisions.json").read_text("utf-8"))["rows"]
@@ -382,7 +396,7 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*REAL, *TASKS]), "
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
          "analysis": analysis_table, "representation": representation_table,
          "smoothing": smoothing_table, "choice": choice_table,
-         "routing": routing_table, "decisions": decisions_table,
+         "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
          "estimates": lambda _: estimates_table(3), "plans": lambda _: estimates_table()}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 

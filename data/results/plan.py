@@ -149,7 +149,7 @@ def sketched(source: str, answers: bool, config):
     device = torch.device("cuda" if config.device.startswith("cuda") else "cpu")
     network = Sketch(read, device, getattr(torch, config.dtype))
     large = sum(map(math.prod, shapes(read).values())) >= selw2s.LARGE
-    return selw2s.Pretrained(network, tokenizer, source, lr=0.0, large=large)
+    return selw2s.Pretrained(network, tokenizer, source, 0.0, selw2s.passes(answers, config), large)
 
 
 def speed(device: str, dtype: str, c, seconds: float = 1.0) -> tuple[str, float]:
