@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+import data.many as many
 from data.checkpoint import (ACTIVATIONS, Config, check_device, configure, export, find, read_params,
                              summary, tensor_files, tensors)
 from data.families import FAMILIES
@@ -423,10 +424,12 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
-               progress: Callable | None = None) -> None:
-    """work(indices) for every batch; one that runs out of memory is halved. TrainError when a single sequence
-    does. progress(done_tokens, all_tokens) follows each batch."""
-    todo, done = batches(lengths, budget)[::-1], 0
+               progress: Callable | None = None) -> list[int]:
+    """work(indices) for every batch, of several processes for this one's; all indices done. A batch that runs
+    out of memory is halved. TrainError when a single sequence does. progress(done_tokens, all_tokens) follows
+    each batch."""
+    todo = batches(lengths, budget)[many.rank()::many.size()][::-1]
+    mine, done = [i for indices in todo for i in indices], 0
     while todo:
         indices = todo.pop()
         try:
@@ -442,7 +445,8 @@ def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], 
             continue
         done += sum(lengths[i] for i in indices)
         if progress:
-            progress(done, sum(lengths))
+            progress(done, sum(lengths[i] for i in mine))
+    return mine
 
 
 def pack(sequences: Sequence[list[int]], device) -> tuple[Tensor, list[int]]:
@@ -476,8 +480,7 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
         keep = torch.tensor([start + at[i] for start, i in zip(starts, indices)], device=model.device)
         out[indices] = finite(model, model.packed(tokens, lengths, (layer,), keep=keep)[0])
 
-    in_batches([len(s) for s in sequences], batch_tokens, work, progress)
-    return out
+    return many.joined(out, in_batches([len(s) for s in sequences], batch_tokens, work, progress))
 
 
 class Reading(NamedTuple):
@@ -512,8 +515,10 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
 
     for q, choices in enumerate(options):
         out.option_tokens[q, :len(choices)] = torch.tensor([len(option) for option in choices])
-    in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work,
-               progress)
+    mine = in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work,
+                      progress)
+    for x in (out.loglik, out.prompt_state, out.item_state):
+        many.joined(x, mine)
     return out
 
 
@@ -590,7 +595,7 @@ class Choice(NamedTuple):
 def with_state(model: Transformer, state: dict[str, Tensor],
                lora_scale: float) -> tuple[Transformer, dict[str, Tensor]]:
     """The model with the tensors that finetuning put in place of its own or beside them (LoRA), and these."""
-    state = {name: x.to(model.device) for name, x in state.items()}
+    state = {name: x if isinstance(x, nn.Parameter) else x.to(model.device) for name, x in state.items()}
     tuned = Transformer(model.config, model.params | state, dtype=model.dtype, lora_scale=lora_scale)
     tuned.raw, tuned.folder = model.raw, model.folder
     return tuned, state
@@ -611,8 +616,7 @@ def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKE
         p = student.log_p([inputs[i] for i in indices])[:, 1].exp()
         out[indices] = finite(student.model, p).cpu()
 
-    in_batches([student.size(x) for x in inputs], batch_tokens, work, progress)
-    return out
+    return many.joined(out, in_batches([student.size(x) for x in inputs], batch_tokens, work, progress))
 
 
 class Classifier:
@@ -711,17 +715,18 @@ def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], 
 
 def trainable(model: Transformer, tune: str, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Canonical name -> the float32 tensor that Adam owns, whatever the model's dtype. full: a copy of every
-    weight but embedding and head; lora: A, and B = 0, beside every linear map; head: none."""
-    params, out = model.params, {}
+    weight but embedding and head; lora: A, and B = 0, beside every linear map; head: none. Those that are to
+    be sharded wait in the CPU's memory: FSDP2 takes a block at a time to the GPU."""
+    params, out, place = model.params, {}, "cpu" if many.size() > 1 else model.device
     for name in [name for _, names, _ in tensors(model.config) for name in names]:
         stem, _, kind = name.rpartition(".")
         if tune == "full" and name not in ("embed.weight", "head.weight"):
-            out[name] = params[name].detach().to(torch.float32, copy=True)
+            out[name] = params[name].detach().to(place, torch.float32, copy=True)
         if tune == "lora" and kind == "weight" and re.search(r"\.(q|k|v|o|gate|up|down)$", stem):
             rows, columns = params[name].shape
             a = torch.randn(rank, columns, generator=generator) / columns ** 0.5
             out[stem + ".lora_a"], out[stem + ".lora_b"] = a, torch.zeros(rows, rank)
-    return {name: nn.Parameter(x.to(model.device)) for name, x in out.items()}
+    return {name: nn.Parameter(x.to(place)) for name, x in out.items()}
 
 
 class Learner:
@@ -750,6 +755,17 @@ class Learner:
         self.inputs = [x.tolist() for x in ids.split([len(s) for s in self.inputs])]
         self.trained["embed.weight"] = nn.Parameter(self.model.embed.weight.detach()[self.used].float())
 
+    def shard(self, offload: bool) -> None:
+        """Of several processes each keeps its share of the masters, and of what Adam holds for them. Norms, a
+        classifier and what is not trained stay whole on all."""
+        network = self.student.model
+        norms = {x for part in network.modules() if isinstance(part, Norm) for x in part.parameters()}
+        for x in norms:
+            x.data = x.data.to(network.device)
+        frozen = set(network.parameters()) - set(self.trained.values())
+        many.shard(network, network.layers, norms | frozen, network.dtype, offload)
+        self.trained |= {name: x for name, x in network.params.items() if name in self.trained}
+
     def log_p(self, indices: list[int]) -> Tensor:
         """log P(y = 0), log P(y = 1) of these inputs, (len(indices), 2) float32"""
         if self.features is not None:
@@ -760,10 +776,11 @@ class Learner:
         """The student with weights in the model's dtypes, LoRA's B times its scale."""
         dtypes = {name: x.dtype for name, x in self.model.params.items()}
         dtypes["classifier.weight"] = torch.float32
-        state = {name: x.detach().to(dtypes.get(name, self.model.dtype)) for name, x in self.trained.items()}
-        for name in state:
-            if name.endswith("lora_b"):
-                state[name] = (self.trained[name].detach() * self.lora_scale).to(self.model.dtype)
+        state = {}
+        for name, x in self.trained.items():
+            x = many.whole(x.detach())
+            x = x * self.lora_scale if name.endswith("lora_b") else x
+            state[name] = x.to(self.model.device, dtypes.get(name, self.model.dtype))
         if self.used is not None:
             whole = self.model.embed.weight.detach()
             state["embed.weight"] = whole.index_copy(0, self.used, state["embed.weight"])
@@ -773,7 +790,8 @@ class Learner:
 def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: int = 2, batch: int = 32,
              seed: int, student: str = "classifier", tune: str = "full", target_fn: Callable | None = None,
              batch_tokens: int = TRAIN_TOKENS, rank: int = 8, lora_alpha: float = 16.0,
-             checkpoint: bool = False, progress: Callable | None = None, head_init: str = "zero") -> Student:
+             checkpoint: bool = False, progress: Callable | None = None, head_init: str = "zero",
+             offload: bool = False) -> Student:
     """Soft-label cross-entropy against targets (N,) = P(y = 1): Adam, no weight decay, cosine to 0 over all
     steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). Leaves model alone.
 
@@ -783,19 +801,23 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the
     given w (B,), and the fraction of steps done; targets may then be (N, S), and w is (B, S). Micro-batches
     hold at most batch_tokens tokens and halve when memory runs out; gradients are always the whole batch's.
-    checkpoint: recompute activations. progress(step, steps, loss) follows each step. TrainError for settings
-    that do not go together, a loss or weights that are not finite, and an input that does not fit into
-    memory."""
+    checkpoint: recompute activations. offload: several processes keep masters and moments in the CPU's
+    memory. progress(step, steps, loss) follows each step. TrainError for settings that do not go together, a
+    loss or weights that are not finite, and an input that does not fit into memory."""
     check_settings(student, tune, head_init)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
     steps = [indices.tolist() for order in orders for indices in order]
     learner = Learner(model, inputs, student, tune, rank, lora_alpha / rank, head_init, generator)
     learner.student.model.recompute = checkpoint
-    adam = torch.optim.Adam(learner.trained.values(), lr=lr, betas=(0.9, 0.999), fused=True)
+    if many.size() > 1 and tune != "head":
+        learner.shard(offload)
+    kinds = [list(same) for _, same in itertools.groupby(learner.trained.values(), type)]  # sharded or whole
+    adam = torch.optim.Adam([{"params": same} for same in kinds], lr=lr, betas=(0.9, 0.999), fused=True)
     given, budget = torch.as_tensor(targets, dtype=torch.float32, device=model.device), batch_tokens
     for step, indices in enumerate(steps):
-        adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
+        for group in adam.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
         loss, fraction = None, step / len(steps)
         while loss is None:
             try:
@@ -812,7 +834,8 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
         adam.zero_grad()
         if progress:
             progress(step + 1, len(steps), loss)
-    if not all(x.isfinite().all() for x in learner.trained.values()):
+    broken = sum(not many.share(x).isfinite().all() for x in learner.trained.values())
+    if many.total(torch.tensor(broken)):
         raise TrainError(f"weights are not finite after step {len(steps)}, the last (learning rate {lr}): "
                          "lower it")
     return learner.finished()
@@ -830,7 +853,7 @@ def check_settings(student: str, tune: str, head_init: str) -> None:
 def smaller(budget: int, lengths: list[int], error: RuntimeError, step: int) -> int:
     """The next budget of tokens for a batch that ran out of memory. TrainError when a single sequence does;
     any other error is raised again."""
-    if not out_of_memory(error):
+    if not out_of_memory(error) or many.size() > 1:  # the others would not halve theirs
         raise error
     if budget < max(lengths):
         raise TrainError(f"out of memory at step {step} with one sequence of {max(lengths)} tokens: tune "
@@ -842,21 +865,32 @@ def gradients(learner: Learner, indices: list[int], w: Tensor, target_fn, fracti
               budget: int) -> float:
     """Adds the gradients of a batch's mean cross-entropy against w (B,), or what target_fn makes of w, one
     backward pass per micro-batch; the loss. target_fn needs p of the whole batch before any gradient: several
-    micro-batches run twice."""
-    micro = batches([learner.sizes[i] for i in indices], budget)  # indices into indices
-    parts = [[indices[j] for j in part] for part in micro]
-    alone = learner.log_p(parts[0]) if len(parts) == 1 else None
+    micro-batches run twice. Of several processes each takes items of about as many tokens, and as many
+    micro-batches, the last ones maybe of no item: they gather the weights together."""
+    sizes = [learner.sizes[i] for i in indices]
+    dealt = [[[share[j] for j in part] for part in batches([sizes[i] for i in share], budget)]
+             for share in many.shares(sizes, many.size())]  # by process, micro-batch: indices into indices
+    micro, rounds = dealt[many.rank()], max(map(len, dealt))
+    micro += [[]] * (rounds - len(micro))
+    parts = [[indices[j] for j in part] or indices[:1] for part in micro]  # what is computed; of no item, one
+    alone = learner.log_p(parts[0]) if rounds == 1 else None
     target, total = w, 0.0
     if target_fn:
-        p = w.new_empty(len(w))
+        p = w.new_zeros(len(w))
         with torch.no_grad():
             for part, chosen in zip(micro, parts):
-                p[part] = (learner.log_p(chosen) if alone is None else alone)[:, 1].exp()
-        target = target_fn(p, w, fraction)
+                log_p = learner.log_p(chosen) if alone is None else alone
+                p[part] = log_p[:len(part), 1].exp()
+        target = target_fn(many.total(p), w, fraction)
     for part, chosen in zip(micro, parts):
-        log_p = learner.log_p(chosen) if alone is None else alone  # (len(part), 2)
+        log_p = learner.log_p(chosen) if alone is None else alone  # (len(chosen), 2)
         y = target[part]
-        loss = -(torch.stack([1 - y, y], -1) * log_p).sum() / len(indices)
-        loss.backward()
+        loss = -(torch.stack([1 - y, y], -1) * log_p[:len(part)]).sum() / len(indices)
+        (many.size() * loss).backward()  # FSDP2 takes the mean over processes
         total += loss.item()
-    return total
+    if many.size() > 1:
+        for x in learner.trained.values():
+            if many.share(x) is x:  # whole on all
+                many.total(x.grad).div_(many.size())
+    return float(many.total(torch.tensor(total, dtype=torch.float64)))
+

@@ -24,6 +24,7 @@ README's table lists them, with their flags.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -98,10 +99,12 @@ class Config:
     dtype: str = flag("float32", "dtype of the pretrained weights",
                       choices=("float32", "bfloat16", "float16"))
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
+    offload: int = flag(0, "1: several processes (torchrun) keep what Adam holds in the CPU's memory",
+                        choices=(0, 1))
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
-    plan: bool = flag(False, "print operations, memory and hours of the run, by config.json, tokenizer and "
-                             "data alone", action="store_true")
+    plan: int = flag(0, "print operations, memory and hours of the run, on one device or N, by config.json, "
+                        "tokenizer and data alone", nargs="?", const=1, metavar="N")
     rerun: str = flag("", "repeat the run of a result.json and compare", metavar="FILE")
     out: str = flag("runs", "results and the stage cache go here", metavar="DIR")
 
@@ -116,7 +119,7 @@ LIMITS = {      # flag: least value, greatest, what it must be (NaN compares fal
     "k": (1, MOST, "a whole number from 1"),
     "weak_seeds": (1, 1000, "a whole number from 1 to 1000"),
     **dict.fromkeys(("epochs", "batch"), (1, MOST, f"a whole number from 1 to {MOST}")),
-    **dict.fromkeys(("shots", "limit"), (0, MOST, f"a whole number from 0 to {MOST}"))}
+    **dict.fromkeys(("shots", "limit", "plan"), (0, MOST, f"a whole number from 0 to {MOST}"))}
 
 
 def number(text: str):
@@ -169,7 +172,7 @@ def described(config: Config) -> str:
     """The resolved configuration as the program prints it first."""
     words = []
     for name, value in asdict(config).items():
-        if value not in ("", ()) and value is not False:
+        if value not in ("", ()):
             words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
                          break_long_words=False, break_on_hyphens=False)
@@ -180,8 +183,9 @@ def parser() -> argparse.ArgumentParser:
     def layout(prog):
         return argparse.RawDescriptionHelpFormatter(prog, width=118, max_help_position=24)
 
-    def error(text):        # without argparse's lines of usage
-        out.exit(2, f"selw2s.py: error: {' '.join(text.split())}\n")
+    def error(text):        # without argparse's lines of usage, and of several processes once
+        line = f"selw2s.py: error: {' '.join(text.split())}\n"
+        out.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
     out = argparse.ArgumentParser(
         prog="selw2s.py", usage="python selw2s.py [--FLAG VALUE] ...", allow_abbrev=False, epilog=EXAMPLES,
         formatter_class=layout,
@@ -190,9 +194,7 @@ def parser() -> argparse.ArgumentParser:
                     "answers where it probably knows (P(IK)), and on graph-smoothed weak labels elsewhere.")
     out.error = error
     for f in fields(Config):
-        kinds = {} if f.type == "bool" else {
-            "type": {"int": int, "float": float, "object": number}.get(f.type, str)}
-        spec = kinds | f.metadata
+        spec = {"type": {"int": int, "float": float, "object": number}.get(f.type, str), **f.metadata}
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if f.name == "methods":
             default = "default set"
@@ -237,7 +239,6 @@ if __name__ == "__main__":   # a script ends here; what follows is the module
 import hashlib
 import json
 import math
-import os
 import random
 import time
 import zlib
@@ -251,7 +252,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit,
-                  halves, items, judged, load_task, options_of, prompt, unconditional)
+                  halves, items, judged, load_task, many, options_of, prompt, unconditional)
 from data.cache import Stages, digest
 from data.checkpoint import check_device
 from data.results.figures import figures
@@ -347,7 +348,8 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     With --keep the finetuned model is saved too."""
     config, answers = setup.config, isinstance(inputs[0], Choice)
     settings = dict(lr=start.lr, epochs=start.epochs, batch=config.batch, seed=seed, tune=config.tune,
-                    checkpoint=start.large, student="answer" if answers else "classifier")
+                    checkpoint=start.large, student="answer" if answers else "classifier",
+                    offload=bool(config.offload))
     keep, progress = name == config.keep, setup.stages.progress
     work = stage_work(start.network, inputs, ask, settings, rule)
 
@@ -364,7 +366,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     kind = "finetune strong" if start is setup.strong else "finetune weak"
     out = setup.stages("finetune", name, depends, compute, cost=(kind, work.training + sum(work.predicting)),
                        tokens=work.tokens, steps=start.epochs * -(-len(inputs) // config.batch))
-    if keep:
+    if keep and many.rank() == 0:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
         folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"
         made = Answerer if answers else Classifier
@@ -823,7 +825,18 @@ ALPHAS, KS = (0.3, 0.5, 0.7, 0.9, 0.97), (5, 10, 20, 50)
 def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """k nearest by cosine, features centred: one direction dominates raw hidden states [D15]."""
     x = features.float()
-    return knn(x - x.mean(0), min(k, len(x) - 1))
+    x, k = x - x.mean(0), min(k, len(x) - 1)
+    if many.size() == 1:
+        return knn(x, k)
+    rows = list(range(len(x)))[many.rank()::many.size()]        # each process asks for its rows, and itself
+    index = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
+    similarity = torch.zeros(len(x), k, device=x.device)
+    if rows:
+        found, near = knn(x, k + 1, queries=x[rows])
+        other = found != torch.tensor(rows, device=x.device)[:, None]
+        other[other.all(1), -1] = False                         # k copies of it come first
+        index[rows], similarity[rows] = found[other].view(-1, k), near[other].view(-1, k)
+    return many.joined(index, rows), many.joined(similarity, rows)
 
 
 def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
@@ -1232,7 +1245,8 @@ def titled(names: list[str]) -> list[str]:
 def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup, dict]:
     """Task and models loaded, and how many questions had to be changed; load_model: --plan has its own.
     DataError for what the task's file and the flags do not give each other."""
-    task, sources = load_task(config.task, data_dir=config.data_dir or None), config.weak
+    task = many.word(load_task(config.task, data_dir=config.data_dir or None) if many.rank() == 0 else None)
+    sources = config.weak
     if config.task in DEMO and not sources:
         sources = (str(HERE / "data/demo/weak"),)
     if not sources and not task.train[0].weak:
@@ -1291,7 +1305,8 @@ def run(config: Config) -> dict:
         from data.results.analyses import analyse       # here, as it asks for this module's steps
         analysis = analyse(setup)
     result = result_of(setup, counts, runs, analysis, time.perf_counter() - start)
-    finish(result, runs, config.out)
+    if many.rank() == 0:
+        finish(result, runs, config.out)
     return result
 
 
@@ -1331,6 +1346,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         config = parse(argv)
+        many.start(config.device)
         if config.merge:
             finish(*merged(config.merge), config.out)
         elif config.rerun:
@@ -1339,19 +1355,19 @@ def main(argv: list[str] | None = None) -> int:
             plan(config)
         else:
             run(config)
+        many.stop()
         return 0
     except (LoadError, DataError, TrainError, GraphError) as error:
-        print(f"selw2s: {error}", file=sys.stderr)
-        return 2
+        return many.failed(f"selw2s: {error}")
     except (MemoryError, RuntimeError) as error:
+        if many.lost(error):
+            return many.failed(many.LOST)
         if not isinstance(error, MemoryError) and not out_of_memory(error):
             raise
-        print("selw2s: out of memory: use a smaller model, --limit, or a machine with more "
-              "(finished stages are kept: start again)", file=sys.stderr)
-        return 2
+        return many.failed("selw2s: out of memory: use a smaller model, --limit, or a machine with more "
+                           "(finished stages are kept: start again)")
     except (OSError, SafetensorError) as error:
-        print(f"selw2s: {error} (finished stages are kept: start again)", file=sys.stderr)
-        return 2
+        return many.failed(f"selw2s: {error} (finished stages are kept: start again)")
     except KeyboardInterrupt:
         print("\nselw2s: interrupted; finished stages are kept: start the same command again",
               file=sys.stderr)

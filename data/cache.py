@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import data.many as many
+
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK = [ROOT / name for name in (
-    "model.py", "data/checkpoint.py", "data/families.py", "data/tokens.py")]    # all stages run it
+NETWORK = [ROOT / name for name in (    # all stages run it
+    "model.py", "data/many.py", "data/checkpoint.py", "data/families.py", "data/tokens.py")]
 
 
 def digest(*parts) -> str:
@@ -48,7 +50,7 @@ class Stages:
         self.progress = Progress()
         gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
         sources = [path.read_text("utf-8") for path in NETWORK]
-        self.source = digest(sources, torch.__version__, torch.get_num_threads(), *gpu)
+        self.source = digest(sources, torch.__version__, torch.get_num_threads(), many.size(), *gpu)
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
             if time.time() - left.stat().st_mtime > 86400:
@@ -61,14 +63,12 @@ class Stages:
         name, cost (kind and operations, for progress) and work (steps, tokens: numbers for the log) do not
         enter the key."""
         path = self.directory / f"{stage}-{digest(stage, self.source, *depends)}.safetensors"
-        if path.exists():
-            try:
-                values, record = stored(path)
-                self.log.append({"name": name, "cached": True, "key": path.stem[-12:], **record})
-                self.progress.found(name)
-                return values
-            except (SafetensorError, KeyError, ValueError) as error:
-                self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
+        found = many.word(self.found(path) if many.rank() == 0 else None)
+        if found:
+            values, record = found
+            self.log.append({"name": name, "cached": True, "key": path.stem[-12:], **record})
+            self.progress.found(name)
+            return values
         start = time.perf_counter()
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -81,8 +81,16 @@ class Stages:
         if "tokens" in work:
             record["tokens_per_second"] = round(work["tokens"] / max(record["seconds"], 1e-3))
         self.log.append({"name": name, "cached": False, "key": path.stem[-12:], **record})
-        store(path, values, record)
+        if many.rank() == 0:
+            store(path, values, record)
         return values
+
+    def found(self, path: Path) -> tuple[dict, dict] | None:
+        """What is stored there; None if nothing, or if it is damaged."""
+        try:
+            return stored(path) if path.exists() else None
+        except (SafetensorError, KeyError, ValueError) as error:
+            self.tell(f"cache     {path.name[:40]}... is damaged ({error}): computed again")
 
 
 def store(path: Path, values: dict, record: dict) -> None:
@@ -196,7 +204,7 @@ class Progress:
     def show(self, loss: float | None) -> None:
         """The bar, twice a second, or the line of a minute."""
         terminal = sys.stderr.isatty()
-        if self.clock() - self.said < (0.5 if terminal else MINUTE):
+        if many.rank() or self.clock() - self.said < (0.5 if terminal else MINUTE):
             return
         self.said = self.clock()
         share, stage, left = self.state()

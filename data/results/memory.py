@@ -1,9 +1,9 @@
 """Peak memory of a stage in bytes, from shapes alone: what stands on the device at its worst moment.
 
-Counted: the weights of both models, and for finetuning float32 masters, gradients, Adam's two moments and
-what autograd keeps of a micro-batch. Not counted: the program itself (torch and tokenizers: about 0.5 GB),
-probes and graph, and what an allocator leaves unused. tests/test_plan.py holds this against the memory of a
-process.
+Counted: the weights of both models, and for finetuning float32 masters, gradients, Adam's two moments (on
+several devices a share of these, and two blocks gathered) and what autograd keeps of a micro-batch. Not
+counted: the program itself (torch and tokenizers: about 0.5 GB), probes and graph, and what an allocator
+leaves unused. tests/test_plan.py holds this against the memory of a process.
 """
 import math
 from collections.abc import Sequence
@@ -101,8 +101,8 @@ def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[lis
                       logits=logit_bytes(c, states, width, 2)), key=Memory.peak)
 
 
-def of_finetuning(network, weights: int, inputs: list, settings: dict) -> Memory:
-    """model.finetune; weights: bytes of both models."""
+def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: int = 1) -> Memory:
+    """model.finetune; weights: bytes of both models, which each of the devices holds whole."""
     c, tune, width = network.config, settings["tune"], network.dtype.itemsize
     classifier, longest = isinstance(inputs[0], list), max(map(size, inputs))
     if tune == "head":
@@ -111,7 +111,7 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict) -> Memory
     rows = tune == "full" and classifier        # of the embedding: those in use are trained
     learnt = trained(c, tune) + (len(set().union(*inputs)) * c.width if rows else 0)
     cast = 2 * learnt if width < 4 and tune == "full" else 0    # masters in the dtype of the activations
-    steps = updates(inputs, settings)
+    steps = updates(inputs, settings, devices)
     part = max((part for parts in steps for part in parts), key=lambda part: sum(map(size, part)))
     tokens = sum(map(size, part))
     blocks = [saved(c, tune, width, longest, classifier and i == c.layers - 1,
@@ -124,9 +124,12 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict) -> Memory
     else:                           # a classifier's last block is gone when the first MLP's gradients come
         kept = sum(blocks) + rope_table(c)
         backward = kept + max(0, under_way - blocks[-1] * classifier)
+    made = c.vocab * c.width * width * rows + learnt * width * (width < 4 or devices > 1)   # of the masters
+    if devices > 1:     # two blocks whole, one of them with its gradients, and the embedding's rows
+        cast = 3 * learnt // c.layers * width + 4 * (learnt - trained(c, tune))
+        learnt = 0 if settings["offload"] else -(-learnt // devices)
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
-    made = c.vocab * c.width * width * rows + learnt * width * (width < 4)      # the student, of the masters
     moments = [masters._replace(gradients=earlier, activations=tokens * kept + cast,
                                 logits=logit_bytes(c, sum(map(asked, part)), width, 4)),
                masters._replace(gradients=earlier, activations=tokens * backward + cast),

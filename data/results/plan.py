@@ -49,8 +49,8 @@ class Ledger:
     cache the next time. networks: by the sha256 that stages depend on."""
     progress = None     # nothing is computed
 
-    def __init__(self, networks: dict):
-        self.networks, self.rows, self.seen = networks, [], set()
+    def __init__(self, networks: dict, devices: int):
+        self.networks, self.devices, self.rows, self.seen = networks, devices, [], set()
         self.weights = sum(map(held, networks.values()))
         self.random = torch.Generator().manual_seed(0)
 
@@ -72,7 +72,7 @@ class Ledger:
             values = dict(loglik=scores, option_tokens=scores, prompt_state=states, item_state=states)
         else:
             settings, inputs, _, _, ask, _ = depends[3:]
-            items, memory = len(inputs), of_finetuning(network, self.weights, inputs, settings)
+            items, memory = len(inputs), of_finetuning(network, self.weights, inputs, settings, self.devices)
             values = {f"p{i}": self.made_up(len(part)) for i, part in enumerate(ask)} | {"weights": ""}
         if key not in self.seen:
             self.rows.append(Row(name, cost[0], items, tokens, cost[1], memory))
@@ -85,7 +85,7 @@ def stages_of(setup) -> list[Row]:
     and two-stage, whose items follow from values. Not foreseen: what --analysis prepares beside students."""
     import selw2s       # here, as it imports this module
     models = [supervisor.model for supervisor in setup.supervisors] + [setup.strong]
-    ledger = Ledger({model.sha256: model.network for model in models})
+    ledger = Ledger({model.sha256: model.network for model in models}, max(1, setup.config.plan))
     config = replace(setup.config, keep="")
     setup = setup._replace(config=config, stages=ledger)
     for seed in config.seeds:
@@ -195,15 +195,15 @@ def total(name: str, rows: list[Row]) -> Row:
     return Row(name, "", *work, max((row.memory for row in rows), key=Memory.peak))
 
 
-def page(rows: list[Row], here: tuple[str, float], dtype: str) -> str:
+def page(rows: list[Row], here: tuple[str, float], dtype: str, devices: int = 1) -> str:
     """The plan as it is printed: a line per stage, all seeds added (cross-0, cross-1 ... are one). here: see
     speed."""
     by_name = {}
     for row in rows:
         by_name.setdefault(re.sub(r"-\d+$", "", row.name), []).append(row)
-    speeds = [here[1], *(USED * peak[dtype] for peak in PEAK.values())]
+    speeds = [here[1], *(devices * USED * peak[dtype] for peak in PEAK.values())]
     lines = [["stage", "items", "tokens", "operations", "weights", "grad.", "Adam", "activ.", "logits",
-              "peak", "here", *PEAK]]
+              "peak", "here", *(f"{devices} {gpu}" if devices > 1 else gpu for gpu in PEAK)]]
     for row in [*(total(name, same) for name, same in by_name.items()), total("all", rows)]:
         lines.append([row.name, f"{row.items:,}", f"{row.tokens:,}", f"{row.operations:.2e}",
                       *map(gigabytes, (*row.memory, row.memory.peak())),
@@ -211,7 +211,7 @@ def page(rows: list[Row], here: tuple[str, float], dtype: str) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     table = [" ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths)))
              for line in lines]
-    note = (f"weights to peak: GB on one device when a stage needs most. here: {here[0]}, "
+    note = (f"weights to peak: GB on each device when a stage needs most. here: {here[0]}, "
             f"{here[1] / 1e9:,.0f}e9 operations a second in {dtype} products; {' and '.join(PEAK)} at "
             f"{USED:.0%} of their peak. Not counted: probes, the graph, and time that is no product: small "
             "models on short texts take longer, two or three times on a CPU.")
@@ -227,5 +227,5 @@ def plan(config) -> list[Row]:
     setup, _ = selw2s.set_up(config, SimpleNamespace(tell=print), sketched)
     rows = stages_of(setup)
     here = speed(config.device, config.dtype, setup.strong.network.config)
-    print("\n" + page(rows, here, config.dtype))
+    print("\n" + page(rows, here, config.dtype, config.plan))
     return rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataError
+from data import DataError, many
 from data.cache import digest
 from data.jsonl import TEXTS, label_rows
 from data.results.metrics import accuracy, hidden_truth, own_right
@@ -97,7 +97,8 @@ def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -
         "models": {"weak": [model_of(s.model) for s in setup.supervisors if not s.order],
                    "strong": model_of(setup.strong)},
         "env": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                "device": config.device, "gpu": gpu, "threads": torch.get_num_threads()},
+                "device": config.device, "gpu": gpu, "threads": torch.get_num_threads(),
+                "world_size": many.size()},
         "stages": stages.log, "seconds": round(seconds, 2), **measured(runs, config.methods),
         "analysis": analysis, "finished": True}
 

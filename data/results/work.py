@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from data.checkpoint import Config, tensors
+from data.many import shares
 from model import ALIKE, BATCH_TOKENS, TRAIN_TOKENS, Choice, alike, batches
 
 RANK = 8        # of LoRA: model.finetune's default
@@ -116,10 +117,13 @@ def reading(network, heads: Sequence[list], tails: Sequence[list[list]]) -> tupl
     return forward(network, inputs), sum(map(size, inputs))
 
 
-def updates(inputs: list, settings: dict) -> list[list[list]]:
-    """The micro-batches of each update of an epoch, in the order of model.finetune's first."""
+def updates(inputs: list, settings: dict, devices: int = 1) -> list[list[list]]:
+    """The micro-batches of each update of an epoch, in the order of model.finetune's first; of several
+    devices each one's own."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings["seed"]))
-    return [parted([inputs[i] for i in step], TRAIN_TOKENS) for step in order.split(settings["batch"])]
+    steps = [[inputs[i] for i in step] for step in order.split(settings["batch"])]
+    return [parted([step[i] for i in share], TRAIN_TOKENS) for step in steps
+            for share in shares(list(map(size, step)), devices) if share]
 
 
 def update(network, parts: list[list], settings: dict, rule: Callable | None) -> int:

@@ -1,0 +1,150 @@
+"""Several processes of one run, started by torchrun: each runs the same program on its share of the work.
+
+Under torchrun alone is anything of torch.distributed started; a single process meets size() == 1 everywhere
+and takes none of these paths. All take the same decisions: what the cache holds is rank 0's word, and what is
+computed in shares is put together on all. Rank 0 alone prints and writes. A process that fails tells of it in
+one line; torchrun ends the others.
+"""
+import os
+import signal
+import sys
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LOST = "selw2s: a process of this run has died (finished stages are kept: start again)"
+_store = None       # torchrun's, once start() has been called
+
+
+def rank() -> int:
+    """Of this process; 0 of a single one."""
+    return dist.get_rank() if _store is not None else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _store is not None else 1
+
+
+def start(device: str) -> None:
+    """Join the others where torchrun has started several. Device "cuda" is from now on this process's GPU."""
+    global _store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _store is not None:
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, mine, many = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=mine, world_size=many,
+                            timeout=timedelta(days=1))      # rank 0 may compute alone for long
+    _store = store
+    if mine:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)      # at once, whatever library the main thread waits in
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Thread(target=ended, args=(heard,), daemon=True).start()
+
+
+def stop() -> None:
+    """The end of a run in which nothing failed, on all: none leaves before rank 0 has written."""
+    global _store
+    if _store is not None:
+        dist.barrier()
+        dist.destroy_process_group()
+        _store = None
+
+
+def ended(heard: int) -> None:
+    """Waits for torchrun's SIGTERM, which follows another's death, and ends this process."""
+    while os.read(heard, 1)[0] != signal.SIGTERM:
+        pass
+    failed(LOST)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether this is what PyTorch raises when another process has gone."""
+    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def failed(line: str) -> int:
+    """The line of an error on stderr; 2, the exit code. Of several processes the first one's line; they end
+    here."""
+    if _store is None:
+        print(line, file=sys.stderr)
+        return 2
+    try:
+        first = _store.add("errors", 1) == 1
+    except RuntimeError:        # the store has gone with torchrun
+        first = rank() == 0
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)     # libraries that wait for the others would abort
+
+
+def word(value):
+    """Rank 0's value, on all."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def joined(x: Tensor, mine: list[int]) -> Tensor:
+    """x (N, ...), of which this process has computed the rows `mine` and others the other rows, whole; in
+    place, bit for bit."""
+    if size() > 1:
+        others = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        others[mine] = False
+        x[others] = torch.zeros((), dtype=x.dtype, device=x.device)
+        dist.all_reduce(x.view(torch.uint8))        # all but one add zero
+    return x
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over processes, in place."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def shard(network: nn.Module, blocks, whole: set, dtype: torch.dtype, offload: bool) -> None:
+    """PyTorch's FSDP2: each process keeps its share of every parameter (float32) but of those in `whole`, and
+    gathers a block's, in dtype, while it computes; gradients are reduced in float32 to their mean over
+    processes. offload: the shares stay in the CPU's memory."""
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
+                                        register_fsdp_forward_method)     # here: half a second
+    cpu = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    options = dict(ignored_params=whole, offload_policy=cpu if offload else OffloadPolicy())
+    for block in blocks:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+                    **options)
+    fully_shard(network, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+    register_fsdp_forward_method(network, "packed")
+
+
+def share(x: Tensor) -> Tensor:
+    """This process's share of a sharded tensor; any other itself."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor put together on all; any other itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def shares(sizes: list[int], processes: int) -> list[list[int]]:
+    """Indices dealt out to so many processes, about equal in sum of sizes: the largest first, each to the one
+    that has least."""
+    loads, out = [0] * processes, [[] for _ in range(processes)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        out[least].append(i)
+        loads[least] += sizes[i]
+    return out

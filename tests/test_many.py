@@ -1,0 +1,209 @@
+"""Several processes compute what one does. Run: pytest tests/test_many.py (half a minute; CI=1: a minute).
+
+This file is also the program that torchrun starts: python tests/test_many.py FOLDER, see worker().
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ROOT, write_llama
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+CASES = {       # name: model, student, tune, tokens of a micro-batch
+    "full": ("tied", "classifier", "full", 8192), "lora": ("own", "classifier", "lora", 60),
+    "head": ("tied", "classifier", "head", 8192), "answer": ("own", "answer", "full", 90),
+    "answer-lora": ("tied", "answer", "lora", 8192)}
+
+
+def write_models(folder: Path) -> None:
+    """Two checkpoints, one with a tied head, one with its own, and a tokenizer that knows letters."""
+    from tokenizers import Tokenizer, models
+    for name in ("tied", "own"):
+        write_llama(folder / name, 32, 2, 41, seed=3)
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / name / "tokenizer.json"))
+    tensors = load_file(folder / "own/model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(41, 32, generator=torch.Generator().manual_seed(5))
+    save_file(tensors, folder / "own/model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "own/config.json").read_text())
+    (folder / "own/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+def computed(folder: Path, device: str = "cpu", dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Hidden states, a reading, neighbours, and students after 20 steps."""
+    import selw2s
+    from model import Choice, finetune, hidden_at, load, read
+    models = {name: load(str(folder / name), device=device, dtype=dtype)[0] for name in ("tied", "own")}
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 41, (7 + i % 11,), generator=g).tolist() for i in range(61)]
+    choices = [Choice(s[:-5], [s[-5:-3], s[-3:-1], s[-1:]], i % 3) for i, s in enumerate(texts)]
+    targets = torch.rand(61, generator=g)
+    out = {"hidden": hidden_at(models["tied"], texts, batch_tokens=50)}
+    reading = read(models["own"], [c.prompt for c in choices], [c.options for c in choices],
+                   [c.shown for c in choices], layers=(1, None), batch_tokens=70)
+    out |= {f"read.{name}": x for name, x in reading._asdict().items()}
+    x = torch.randn(61, 8, generator=g).to(device)
+    x[40:] = x[7]       # copies: ties to the lower index
+    out["neighbours"], out["similarity"] = selw2s.neighbours(x, 5)
+    for name, (which, student, tune, tokens) in CASES.items():
+        trained = finetune(models[which], texts if student == "classifier" else choices, targets, lr=1e-3,
+                           epochs=5, batch=17, seed=1, student=student, tune=tune, batch_tokens=tokens,
+                           target_fn=selw2s.log_confidence, checkpoint=name == "full",
+                           offload=name == "answer")
+        out |= {f"{name}.{key}": x for key, x in trained.state().items()}
+        out[f"{name}.p"] = trained.predict((texts if student == "classifier" else choices)[:20])
+    return {name: x.detach().cpu().contiguous() for name, x in out.items()}
+
+
+def kept(folder: Path) -> torch.Tensor:
+    """Numbers that this process keeps of the masters of a student trained in full, and all there are."""
+    from data import many
+    from model import Learner, load
+    network, _ = load(str(folder / "tied"))
+    learner = Learner(network, [[1, 2, 3], [2, 4]], "classifier", "full", 8, 1.0, "zero", torch.Generator())
+    every = sum(x.numel() for x in learner.trained.values())
+    learner.shard(False)
+    return torch.tensor([sum(many.share(x).numel() for x in learner.trained.values()), every])
+
+
+def worker(folder: str, device: str = "cpu") -> None:
+    """What a process of torchrun does."""
+    from data import many
+    many.start(device)
+    out = computed(Path(folder), device) | {"kept": kept(Path(folder))}
+    if many.rank() == 0:
+        save_file(out, Path(folder) / f"{many.size()}.safetensors")
+    many.stop()
+
+
+def launched(processes: int, *command: str) -> subprocess.CompletedProcess:
+    """A command under torchrun, or without for one process."""
+    how = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*how, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder, threads = tmp_path_factory.mktemp("many"), torch.get_num_threads()
+    write_models(folder)
+    torch.set_num_threads(1)        # as torchrun's
+    yield folder, computed(folder)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_compute_what_one_does(alone, processes):
+    folder, one = alone
+    done = launched(processes, "tests/test_many.py", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    several = load_file(folder / f"{processes}.safetensors")
+    mine, every = several.pop("kept").tolist()
+    assert every / processes <= mine < 1.1 * every / processes      # norms and classifier are whole on all
+    assert several.keys() == one.keys()
+    for name, x in one.items():
+        if x.dtype == torch.int64:
+            assert torch.equal(several[name], x), name
+        else:
+            tolerance = 1e-5 if name.split(".")[0] in CASES else 1e-6
+            torch.testing.assert_close(several[name], x, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_one_process_starts_nothing_of_torch_distributed():
+    from data import many
+    many.start("cpu")
+    assert (many.rank(), many.size()) == (0, 1) and not torch.distributed.is_initialized()
+    x = torch.rand(5)
+    assert many.joined(x, [1]) is x and many.total(x) is x and many.word(x) is x
+
+
+def test_items_are_dealt_out_by_tokens():
+    from data.many import shares
+    assert shares([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]      # 9 + 1, 5 + 4
+    assert shares([3, 3, 7], 1) == [[2, 0, 1]]
+    assert shares([2], 3) == [[0], [], []]
+
+
+def accuracies(out: Path) -> tuple[dict, dict]:
+    """Of a run, by method, and its environment."""
+    result = json.loads(next(out.glob("*/*/result.json")).read_text())
+    return ({name: row["accuracy"] for name, row in result["metrics"]["methods"].items()}, result["env"])
+
+
+@pytest.mark.slow
+def test_a_whole_run_has_the_accuracies_of_one_process(tiny, tmp_path):
+    flags = ["selw2s.py", *tiny, "--methods", "naive", "logconf", "selective", "--folds", "2"]
+    for processes in (1, 2):
+        done = launched(processes, *flags, "--out", str(tmp_path / str(processes)))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("written ") == 1
+    one, two = accuracies(tmp_path / "1"), accuracies(tmp_path / "2")
+    assert one[0] == pytest.approx(two[0], abs=1e-9)
+    assert (one[1]["world_size"], two[1]["world_size"]) == (1, 2)
+
+
+BRIEF = ["--methods", "naive", "--folds", "2", "--tau", "0.5", "--alpha", "0"]
+FAULT = """
+import os, sys
+import selw2s
+real, students = selw2s.finetune, []
+def finetune(*args, **kwargs):
+    students.append(args)
+    if len(students) == 4 and os.environ["RANK"] == "1":     # weak, two folds, and now naive
+        {what}
+    return real(*args, **kwargs)
+selw2s.finetune = finetune
+sys.exit(selw2s.main())
+"""
+
+
+def faulty(tmp_path: Path, tiny: list[str], what: str) -> tuple[subprocess.CompletedProcess, float]:
+    """A run of two processes, of which the second does that before a student; and its seconds."""
+    (tmp_path / "fault.py").write_text(FAULT.format(what=what))
+    start = time.monotonic()
+    done = launched(2, str(tmp_path / "fault.py"), *tiny, *BRIEF, "--out", str(tmp_path / "out"))
+    return done, time.monotonic() - start
+
+
+def test_an_error_of_one_is_one_line_and_exit_code_2_of_all(tiny, tmp_path):
+    done, _ = faulty(tmp_path, tiny, 'raise selw2s.TrainError("the second process is unhappy")')
+    assert done.stderr.count("selw2s: the second process is unhappy\n") == done.stderr.count("selw2s: ") == 1
+    assert done.stderr.count("exitcode  : 2") == 2      # torchrun's own report
+    assert not list((tmp_path / "out").glob("*/*/result.json"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_with_a_line(tiny, tmp_path):
+    done, seconds = faulty(tmp_path, tiny, f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
+    assert done.returncode and seconds < 60
+    assert done.stderr.count("selw2s: a process of this run has died") == done.stderr.count("selw2s: ") == 1
+    again = launched(2, "selw2s.py", *tiny, *BRIEF, "--out", str(tmp_path / "out"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    result = json.loads(next((tmp_path / "out").glob("*/*/result.json")).read_text())
+    assert [stage["cached"] for stage in result["stages"]] == [True] * 6 + [False]
+
+
+def test_a_wrong_flag_costs_one_line():
+    done = launched(2, "selw2s.py", "--task", "demo", "--nonsense")
+    assert done.stderr.count("selw2s.py: error: unrecognized arguments: --nonsense\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: not measured")
+def test_several_gpus_compute_what_one_process_does(alone):
+    folder, one = alone
+    done = launched(2, "tests/test_many.py", str(folder), "cuda")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, x in load_file(folder / "2.safetensors").items():
+        if name != "kept":
+            torch.testing.assert_close(x, one[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
