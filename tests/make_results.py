@@ -62,7 +62,8 @@ DECISIONS = {       # row of the README's table of decisions: flags of its alter
     "D3": (("--target", "soft"),),
     "D4": (("--tau", "answers"), ("--tau", "labels"), ("--tau", "item"), ("--tau", "0.5")),
     "D5": (("--anchors", "0"),), "D6": (("--alpha", "0"), ("--alpha", "0.9", "--k", "10")),
-    "D9": (("--lr", "2e-4"), ("--epochs", "1")), "D15": (("--gamma", "1"),),
+    "D9": (("--lr", "2e-4"), ("--epochs", "1")),
+    "D15": (("--gamma", "1"),),
     "D16": (("--folds", "2"), ("--folds", "10")),
     "D17": (("--student", "answer"),), "D18": (("--route", "belief"), ("--route", "both"))}
 BARE = "import sys; sys.modules['matplotlib'] = None; import selw2s; sys.exit(selw2s.main())"

@@ -423,7 +423,7 @@ DATA = {
         b.official(), b.offline(b"<html"))),
 }
 NUMBERS = {"tau": "nan inf -0.1 high 1e400", "alpha": "nan inf -0.1 1 1.5 high", "k": "0 -3 2.5 nan many",
-           "lr": "0 -1e-3 nan inf fast", "gamma": "nan inf -1 x", "epochs": "0 -1 2.5",
+           "lr": "0 -1e-3 nan inf fast", "gamma": "nan inf -1 x", "epochs": "0 -1 2.5 answers many",
            "batch": "0 -8 x 9999999999",
            "limit": "-1 all", "shots": "-1 one", "seeds": "a 0.5 -1 99999999999999999999"}
 FLAGS = {

@@ -408,6 +408,16 @@ def test_fused_is_a_logistic_regression_on_six_named_features():
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("size, answers, flags, lr, epochs", [
+    (2e7, False, {}, 5e-4, 2), (2.7e8, False, {}, 5e-5, 2), (7e9, False, {}, 1e-5, 2),
+    (2.7e8, True, {}, 2e-5, 1), (7e9, True, {}, 4e-6, 1), (2.7e8, True, {"tune": "lora"}, 2e-4, 1),
+    (2.7e8, True, {"lr": 1e-3, "epochs": 3}, 1e-3, 3), (2.7e8, False, {"epochs": 1}, 5e-5, 1)])
+def test_learning_rate_and_passes(size, answers, flags, lr, epochs):
+    config = s.Config(**flags)
+    assert s.learning_rate(size, answers, config) == pytest.approx(lr)
+    assert s.passes(answers, config) == epochs
+
+
 # ----------------------------------------------------------------------------------------------------- losses
 def test_log_confidence_by_hand_and_without_the_public_jump():
     p, w = torch.tensor([0.9, 0.1, 0.6, 0.4]), torch.tensor([0.2, 0.3, 0.8, 0.7])  # mean(w) 0.5: 2 positives

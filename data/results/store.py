@@ -82,7 +82,7 @@ def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
 
 def model_of(start) -> dict:
     """What result.json says of a model; start: selw2s.Pretrained."""
-    return {"sha256": start.sha256, "revision": start.network.revision, "lr": start.lr}
+    return {"sha256": start.sha256, "revision": start.network.revision, "lr": start.lr, "epochs": start.epochs}
 
 
 def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -> dict:
