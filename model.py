@@ -765,6 +765,7 @@ class Learner:
         frozen = set(network.parameters()) - set(self.trained.values())
         many.shard(network, network.layers, norms | frozen, network.dtype, offload)
         self.trained |= {name: x for name, x in network.params.items() if name in self.trained}
+        self.student._state = self.trained  # or the whole masters would stay
 
     def log_p(self, indices: list[int]) -> Tensor:
         """log P(y = 0), log P(y = 1) of these inputs, (len(indices), 2) float32"""

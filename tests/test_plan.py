@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import selw2s
-from conftest import ROOT
+from conftest import ROOT, write_llama
 from data.checkpoint import configure
 from data.results import memory, work
 from data.results.plan import Row, Sketch, page, speed
@@ -63,7 +64,8 @@ def inputs_of(vocab: int, n: int, longest: int, student: str) -> list:
 
 
 def settings_of(tune: str, student: str, batch: int = 16, checkpoint: bool = False) -> dict:
-    return dict(lr=1e-4, epochs=1, batch=batch, seed=0, tune=tune, checkpoint=checkpoint, student=student)
+    return dict(lr=1e-4, epochs=1, batch=batch, seed=0, tune=tune, checkpoint=checkpoint, student=student,
+                offload=False)
 
 
 # ---- operations --------------------------------------------------------------------------------------------
@@ -126,7 +128,9 @@ import json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 import model
+from data import many
 from test_plan import DEMO, do, inputs_of, settings_of, sketch
+many.start("cpu")
 def status(key):
     text = open("/proc/self/status").read()
     return 1024 * int(text.split(key + ":")[1].split()[0])
@@ -142,7 +146,8 @@ before = status("VmRSS")
 network, _ = model.load(source, dtype=getattr(torch, dtype))
 open("/proc/self/clear_refs", "w").write("5")       # the peak begins again
 do(network, inputs, settings)
-print(json.dumps(status("VmHWM") - before))
+print(json.dumps(status("VmHWM") - before), flush=True)
+many.stop()
 """
 
 
@@ -155,7 +160,7 @@ def do(network, inputs: list, settings: dict):
 
 
 def assert_peak_is_that_measured(source: str, tune: str, student: str, checkpoint: bool, n: int, longest: int,
-                                 batch: int, dtype: str = "float32"):
+                                 batch: int, dtype: str = "float32", devices: int = 1):
     """Within 15 % of the resident bytes of a process that loads and does it, over what it had before."""
     network, settings = sketch(source, getattr(torch, dtype)), settings_of(tune, student, batch, checkpoint)
     inputs, weights = inputs_of(network.config.vocab, n, longest, student), memory.held(network)
@@ -163,11 +168,13 @@ def assert_peak_is_that_measured(source: str, tune: str, student: str, checkpoin
         heads, tails = [x.prompt for x in inputs], [x.options for x in inputs]
         planned = memory.of_reading(network, weights, heads, tails, 3)
     else:
-        planned = memory.of_finetuning(network, weights, inputs, settings)
+        planned = memory.of_finetuning(network, weights, inputs, settings, devices)
     case = (source, dtype, settings, n, longest)
     code = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), case=case)
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    torchrun = ["-m", "torch.distributed.run", "--no-python", "--nproc-per-node", str(devices), sys.executable]
+    how = [*(torchrun if devices > 1 else ()), "-c", code]
+    done = subprocess.run([sys.executable, *how], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout.splitlines()[-1])
     print(f"{Path(source).name} {tune} {student} {checkpoint} {dtype}: "
@@ -190,6 +197,16 @@ def test_peak_memory_is_that_measured(name, tune, student, checkpoint):
 def test_peak_memory_in_bfloat16_is_that_measured(tune, student, checkpoint):
     n = 2048 if tune in ("head", "read") else 256
     assert_peak_is_that_measured(DEMO["strong"], tune, student, checkpoint, n, 60, 128, "bfloat16")
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("tune, student, checkpoint", [
+    ("full", "classifier", False), ("full", "answer", True), ("lora", "classifier", False)])
+def test_peak_memory_of_one_of_two_processes_is_that_measured(tmp_path, tune, student, checkpoint):
+    write_llama(tmp_path / "model", 384, 12, 500, seed=1)
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "model/tokenizer.json"))
+    assert_peak_is_that_measured(str(tmp_path / "model"), tune, student, checkpoint, 256, 60, 128, devices=2)
 
 
 @SLOW
