@@ -43,15 +43,15 @@ HALF = ("--dtype", "bfloat16")
 GPT2 = ("openai-community/gpt2", "openai-community/gpt2-large")
 SMALL, PAPER = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"), ("Qwen/Qwen-7B", "Qwen/Qwen-14B")
 LARGE = ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-72B")
-PLANS = [           # task, (weak, strong), other flags; the first three are the README's commands
-    ("sciq", GPT2, ()),
-    ("boolq", SMALL, ("--tune", "lora", *HALF)),
-    ("cosmosqa", PAPER, ("--tune", "lora", *HALF)),
-    ("sciq", SMALL, ("--tune", "lora", *HALF)), ("sciq", SMALL, HALF),
-    ("sciq", SMALL, ("--tune", "lora", "--student", "answer", *HALF)),
-    ("sciq", PAPER, ("--tune", "lora", *HALF)), ("sciq", PAPER, HALF),
-    ("sciq", LARGE, ("--tune", "head", *HALF)), ("sciq", LARGE, ("--tune", "lora", *HALF)),
-    ("sciq", LARGE, HALF)]
+LORA = ("--tune", "lora", *HALF)
+PLANS = [           # task, (weak, strong), other flags, devices; the first three are the README's commands
+    ("sciq", GPT2, (), 1), ("boolq", SMALL, LORA, 1), ("cosmosqa", PAPER, LORA, 1),
+    ("sciq", SMALL, LORA, 1), ("sciq", SMALL, (*LORA, "--student", "answer"), 1),
+    ("sciq", SMALL, HALF, 1), ("sciq", SMALL, HALF, 4), ("sciq", SMALL, HALF, 8),
+    ("sciq", PAPER, LORA, 1), ("sciq", PAPER, HALF, 1), ("sciq", PAPER, HALF, 8), ("sciq", PAPER, HALF, 64),
+    ("sciq", PAPER, (*HALF, "--offload", "1"), 8), ("cosmosqa", PAPER, HALF, 8),
+    ("sciq", LARGE, ("--tune", "head", *HALF), 1), ("sciq", LARGE, LORA, 1), ("sciq", LARGE, HALF, 1),
+    ("sciq", LARGE, HALF, 64)]
 
 
 def cosmosqa(file: Path) -> None:
@@ -76,14 +76,15 @@ def main(tokenizers: str) -> None:
             shutil.copytree(Path(tokenizers) / kind, place / model)
             (place / model / "config.json").write_text(json.dumps(shape))
         cosmosqa(place / "cosmosqa.jsonl")
-        for task, (weak, strong), flags in PLANS:
+        for task, (weak, strong), flags, devices in PLANS:
             which = str(place / "cosmosqa.jsonl") if task == "cosmosqa" else task
             models = ("--weak", str(place / weak), "--strong", str(place / strong))
-            config = selw2s.parse(["--task", which, *models, "--device", "cuda", *flags, "--plan"])
+            config = selw2s.parse(["--task", which, *models, "--device", "cuda", *flags,
+                                   "--plan", str(devices)])
             stages = selw2s.plan(config)
             most = max(stages, key=lambda row: row.memory.peak())
             rows.append({"task": task, "weak": weak, "strong": strong, "flags": " ".join(flags),
-                         "dtype": config.dtype, "tokens": sum(row.tokens for row in stages),
+                         "devices": devices, "dtype": config.dtype, "tokens": sum(row.tokens for row in stages),
                          "operations": sum(row.operations for row in stages),
                          "memory": Memory._asdict(most.memory), "peak": most.memory.peak()})
     (ROOT / "data/results/plan.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")

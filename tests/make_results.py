@@ -380,15 +380,16 @@ def finding(_: str) -> str:
 
 def estimates_table(first: int | None = None) -> str:
     """What --plan says (tests/make_plan.py): of the README's commands, the first so many, or of all pairs."""
-    head = ["task, weak -> strong", "flags", "tokens trained on or read", "operations", "GB on one device",
-            *(f"{gpu}, one" for gpu in PEAK)]
+    head = ["task, weak -> strong", "flags", "tokens trained on or read", "operations", "devices",
+            "GB on each", *PEAK]
     lines = [row_of(head), "|---" * len(head) + "|"]
     for plan in json.loads((RESULTS / "plan.json").read_text("utf-8"))[:first]:
         pair = " -> ".join(plan[model].split("/")[1] for model in ("weak", "strong"))
-        times = [duration(plan["operations"], USED * peak[plan["dtype"]]) for peak in PEAK.values()]
+        speeds = [plan["devices"] * USED * peak[plan["dtype"]] for peak in PEAK.values()]
         flags = f"`{plan['flags']}`" if plan["flags"] else ""
         lines.append(row_of([f"{plan['task']}, {pair}", flags, f"{plan['tokens'] / 1e6:.1f}M",
-                             f"{plan['operations']:.1e}", f"{plan['peak'] / 1e9:,.0f}", *times]))
+                             f"{plan['operations']:.1e}", str(plan["devices"]), f"{plan['peak'] / 1e9:,.0f}",
+                             *(duration(plan["operations"], speed) for speed in speeds)]))
     return "\n".join(lines)
 
 
