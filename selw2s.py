@@ -2,8 +2,8 @@
 
 A weak model labels data. A strong pretrained model answers for itself the questions that it probably knows,
 P(IK), takes the weak labels, smoothed over a graph, on the others, and is finetuned on the result. This file
-reads in that order: Config and command line, steps 1 to 7 in the paper's order, the related systems' labels,
-and last run(), which calls them and reports, step 8. model.py is the network, graph.py the graph, data/ the
+reads in that order: Config and command line, steps 1 to 7 in the paper's order, run(), which calls them and
+reports, step 8, and last the related systems' labels. model.py is the network, graph.py the graph, data/ the
 questions, data/results/ the numbers.
 
 symbol      name here    shape         source
@@ -1021,166 +1021,6 @@ def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
     return Predictions(labels, *out.p, out.weights)
 
 
-# -------------------------------------------------------------------- Related systems: not the paper's method
-def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Tensor:
-    """The labels of D_u of what the paper is compared with or builds on; as labels_of."""
-    weak, every = prep.transfer.weak, prep.supervised.every
-    match method:
-        case "logconf" | "product":
-            return weak
-        case "confidence-only":
-            return left_out_but(surer(weak), weak)
-        case "fused":
-            return fused(prep, known.learn, known.transfer)
-        case "trust":
-            return trust(prep, known.transfer)
-        case "ensemble":        # the finetune-ensemble row of Lang et al. 2025, arXiv 2501.13124
-            return every.nanmean(0)
-        case "raven":
-            return every.T
-        case "two-stage":
-            return two_stage(setup, prep)
-        case "label-model":
-            p, _ = label_model(torch.cat([every, prep.transfer.own[None]]))
-            return p
-        case "debate":
-            return debate(setup, prep).nanmean(0)
-        case "chain":           # weak -> student -> student
-            return student("naive", setup, prep, known, s).transfer
-        case "oracle":
-            return oracle(setup.config, prep)
-    raise ValueError(method)
-
-
-def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
-    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
-    positive as the weak labels' sum says (rounded half to even; ties of p to the lower index); a grows
-    linearly to a_max in the first fifth of steps, no jump."""
-    a = a_max * min(1.0, fraction / ramp)
-    positives = int(round(float(w.mean()) * len(w)))
-    hard = torch.zeros_like(w)
-    hard[p.argsort(descending=True, stable=True)[:positives]] = 1
-    return (1 - a) * w + a * hard
-
-
-def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
-    """Target: student times weak probability, renormalised, at every fraction of the steps alike (Lang et al.
-    2025, arXiv 2501.13124)."""
-    yes, no = p * w, (1 - p) * (1 - w)
-    return yes / (yes + no).clamp_min(1e-12)
-
-
-def surer(labels: Tensor, share: float = 0.5) -> Tensor:
-    """(n,) bool, the more confident share of each class that labels (n,) predict, so that their balance
-    survives [D10]."""
-    sure, out = (labels - 0.5).abs(), torch.zeros_like(labels, dtype=torch.bool)
-    for of_class in ((labels > 0.5).nonzero()[:, 0], (labels <= 0.5).nonzero()[:, 0]):
-        surest = sure[of_class].argsort(descending=True, stable=True)
-        out[of_class[surest[:math.ceil(share * len(of_class))]]] = True
-    return out
-
-
-def left_out_but(rows: Tensor, labels: Tensor) -> Tensor:
-    """labels (n,) where rows (n,) bool; NaN, left out, elsewhere."""
-    return torch.where(rows, labels, torch.nan)
-
-
-def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
-    """Per-item router, the symmetric form: own label where P(IK) (n_u,) >= P(weak right), a second probe."""
-    learn, transfer = prep.learn, prep.transfer
-    right = (learn.weak > 0.5) == (learn.truth > 0.5)
-    probe = fit_probe(learn.item_state[:, -1], right.double(), fold=learn.fold)
-    return route(p_ik, transfer.own, transfer.weak, probe.predict(transfer.item_state[:, -1]))[0]
-
-
-def fused(prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Tensor:
-    """(n_u,) P(y = 1) by a logistic regression on the weak log-odds, the strong model's log-odds of the
-    candidate shown, P(IK) and their products, fitted on D_l's truth with cross-fitted weak labels. Beyond the
-    paper: it weighs what the method chooses between."""
-    def features(part, p_ik):
-        weak, strong, known = log_odds(part.weak), log_odds(part.zero_shot), p_ik.double()
-        return torch.stack([weak, strong, known, weak * strong, weak * known, strong * known], 1)
-    probe = fit_probe(features(prep.learn, p_learn), prep.learn.truth, fold=prep.learn.fold)
-    return probe.predict(features(prep.transfer, p_transfer)).float()
-
-
-def oracle(config: Config, prep: Prepared) -> Tensor:
-    """The method's labels with a router that knows where the own label is right: not attainable."""
-    knows = [(part.own == hidden_truth(part)).float() for part in (prep.learn, prep.transfer)]
-    return select(replace(config, tau=0.5), prep, *knows).selective
-
-
-def raven() -> Callable:
-    """The rule of RAVEN (its code at commit f959c17): targets are the supervisors' mean under weights on the
-    simplex, which follow the gradient of the student's loss. For a tenth of the steps they are equal, and
-    only items on which all supervisors agree are learnt from. Its image code's way of mixing probabilities
-    with its text code's rate [D19]."""
-    weight, used, last = None, None, -1.0       # next step's, this step's, its fraction
-
-    def target(p, w, fraction, rate=1e-2, warm_up=0.1):     # w (B, S), NaN where one abstains
-        nonlocal weight, used, last
-        there, start = ~w.isnan(), torch.full_like(w[0], 1 / w.shape[1])
-        if fraction > last:     # else the step starts anew for want of memory, with the weights it had
-            used, last = start if weight is None else weight, fraction
-        share = used * there
-        mean = (share * w.nan_to_num()).sum(1) / share.sum(1)
-        if fraction < warm_up:
-            agree = ((w > 0.5) | ~there).all(1) | ((w <= 0.5) | ~there).all(1)
-            return torch.where(agree, mean, p)      # p itself: nothing to learn
-        p = p.clamp(1e-6, 1 - 1e-6)[:, None]
-        loss = -(w * p.log() + (1 - w) * (1 - p).log()).nanmean(0)          # (S,)
-        loss = torch.where(loss.isnan(), loss.nanmean(), loss)      # who is silent in a batch neither wins
-        weight = (used - rate * loss).clamp_min(1e-6)               # nor loses by it
-        weight = weight / weight.sum()
-        return mean
-    return target
-
-
-def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.75) -> Tensor:
-    """Two-stage filtering (arXiv 2503.04249) for classification, without its rewriting of questions: a
-    student of the more consistent share of items (by the confidence of the supervisors' mean; of votes that
-    is their agreement) labels the others; (n_u,) labels of the first and of those it is sure of [D19]."""
-    mean, inputs = prep.supervised.every.nanmean(0), prep.transfer.inputs
-    first = surer(mean, share)
-    rows, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
-    if not len(others):
-        return mean
-    out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows], mean[rows],
-                    [[inputs[i] for i in others]], prep.seed)
-    labels = left_out_but(first, mean)
-    labels[others] = left_out_but((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
-    return labels
-
-
-def label_model(votes: Tensor) -> tuple[Tensor, Tensor]:
-    """One-coin EM over votes (V, n) P(y = 1), NaN where one abstains: each voter is right with a probability
-    of its own, .5 to .99, independently (Dawid and Skene 1979; in the place of WSGAN's encoder, arXiv
-    2203.12023 [D19]). P(y = 1) (n,), float32, and the accuracies (V,) found."""
-    there = (~votes.isnan()).double()
-    sign = (2.0 * (votes > 0.5) - 1) * there                                # +1 yes, -1 no, 0 abstains
-    p = 0.5 + 0.5 * sign.sum(0) / there.sum(0).clamp_min(1)                 # the majority's share
-    for _ in range(1000):
-        voted_right = (sign > 0) * p + (sign < 0) * (1 - p)                 # (V, n)
-        right = (voted_right.sum(1) / there.sum(1).clamp_min(1)).clamp(0.5, 0.99)
-        before, p = p, torch.sigmoid(log_odds(p.mean()) + (sign * log_odds(right)[:, None]).sum(0))
-        if (p - before).abs().max() < 1e-9:
-            break
-    return p.float(), right
-
-
-def debate(setup: Setup, prep: Prepared) -> Tensor:
-    """(S, n_u) labels by supervisors that read a transcript, "transcripts" of the task's file, each its own,
-    in front of every question (arXiv 2501.13124, whose transcripts come from debates of strong models)."""
-    out, truth = prep.supervised.every.clone(), prep.labelled.truth
-    for i, supervisor in enumerate(setup.supervisors):
-        texts = []
-        for part in (prep.labelled, prep.transfer, prep.test):
-            pairs = zip(part.questions, part.items)
-            texts.append(["\n".join([*q.transcripts[i:i + 1], item.text]) for q, item in pairs])
-        out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, texts, truth, prep.seed).p[0]
-    return out
-
-
 # ---------------------------------------------------------------------------------------------------- The run
 def one_seed(setup: Setup, seed: int) -> dict:
     """Steps 1 to 7 for one seed: arrays of every label source and of every method's probabilities."""
@@ -1372,3 +1212,163 @@ def main(argv: list[str] | None = None) -> int:
         print("\nselw2s: interrupted; finished stages are kept: start the same command again",
               file=sys.stderr)
         return 130
+
+
+# -------------------------------------------------------------------- Related systems: not the paper's method
+def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Tensor:
+    """The labels of D_u of what the paper is compared with or builds on; as labels_of."""
+    weak, every = prep.transfer.weak, prep.supervised.every
+    match method:
+        case "logconf" | "product":
+            return weak
+        case "confidence-only":
+            return left_out_but(surer(weak), weak)
+        case "fused":
+            return fused(prep, known.learn, known.transfer)
+        case "trust":
+            return trust(prep, known.transfer)
+        case "ensemble":        # the finetune-ensemble row of Lang et al. 2025, arXiv 2501.13124
+            return every.nanmean(0)
+        case "raven":
+            return every.T
+        case "two-stage":
+            return two_stage(setup, prep)
+        case "label-model":
+            p, _ = label_model(torch.cat([every, prep.transfer.own[None]]))
+            return p
+        case "debate":
+            return debate(setup, prep).nanmean(0)
+        case "chain":           # weak -> student -> student
+            return student("naive", setup, prep, known, s).transfer
+        case "oracle":
+            return oracle(setup.config, prep)
+    raise ValueError(method)
+
+
+def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ramp: float = 0.2) -> Tensor:
+    """Target of Burns' auxiliary confidence loss: (1 - a) w + a 1[p > t], t making as many of a batch
+    positive as the weak labels' sum says (rounded half to even; ties of p to the lower index); a grows
+    linearly to a_max in the first fifth of steps, no jump."""
+    a = a_max * min(1.0, fraction / ramp)
+    positives = int(round(float(w.mean()) * len(w)))
+    hard = torch.zeros_like(w)
+    hard[p.argsort(descending=True, stable=True)[:positives]] = 1
+    return (1 - a) * w + a * hard
+
+
+def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
+    """Target: student times weak probability, renormalised, at every fraction of the steps alike (Lang et al.
+    2025, arXiv 2501.13124)."""
+    yes, no = p * w, (1 - p) * (1 - w)
+    return yes / (yes + no).clamp_min(1e-12)
+
+
+def surer(labels: Tensor, share: float = 0.5) -> Tensor:
+    """(n,) bool, the more confident share of each class that labels (n,) predict, so that their balance
+    survives [D10]."""
+    sure, out = (labels - 0.5).abs(), torch.zeros_like(labels, dtype=torch.bool)
+    for of_class in ((labels > 0.5).nonzero()[:, 0], (labels <= 0.5).nonzero()[:, 0]):
+        surest = sure[of_class].argsort(descending=True, stable=True)
+        out[of_class[surest[:math.ceil(share * len(of_class))]]] = True
+    return out
+
+
+def left_out_but(rows: Tensor, labels: Tensor) -> Tensor:
+    """labels (n,) where rows (n,) bool; NaN, left out, elsewhere."""
+    return torch.where(rows, labels, torch.nan)
+
+
+def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
+    """Per-item router, the symmetric form: own label where P(IK) (n_u,) >= P(weak right), a second probe."""
+    learn, transfer = prep.learn, prep.transfer
+    right = (learn.weak > 0.5) == (learn.truth > 0.5)
+    probe = fit_probe(learn.item_state[:, -1], right.double(), fold=learn.fold)
+    return route(p_ik, transfer.own, transfer.weak, probe.predict(transfer.item_state[:, -1]))[0]
+
+
+def fused(prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Tensor:
+    """(n_u,) P(y = 1) by a logistic regression on the weak log-odds, the strong model's log-odds of the
+    candidate shown, P(IK) and their products, fitted on D_l's truth with cross-fitted weak labels. Beyond the
+    paper: it weighs what the method chooses between."""
+    def features(part, p_ik):
+        weak, strong, known = log_odds(part.weak), log_odds(part.zero_shot), p_ik.double()
+        return torch.stack([weak, strong, known, weak * strong, weak * known, strong * known], 1)
+    probe = fit_probe(features(prep.learn, p_learn), prep.learn.truth, fold=prep.learn.fold)
+    return probe.predict(features(prep.transfer, p_transfer)).float()
+
+
+def oracle(config: Config, prep: Prepared) -> Tensor:
+    """The method's labels with a router that knows where the own label is right: not attainable."""
+    knows = [(part.own == hidden_truth(part)).float() for part in (prep.learn, prep.transfer)]
+    return select(replace(config, tau=0.5), prep, *knows).selective
+
+
+def raven() -> Callable:
+    """The rule of RAVEN (its code at commit f959c17): targets are the supervisors' mean under weights on the
+    simplex, which follow the gradient of the student's loss. For a tenth of the steps they are equal, and
+    only items on which all supervisors agree are learnt from. Its image code's way of mixing probabilities
+    with its text code's rate [D19]."""
+    weight, used, last = None, None, -1.0       # next step's, this step's, its fraction
+
+    def target(p, w, fraction, rate=1e-2, warm_up=0.1):     # w (B, S), NaN where one abstains
+        nonlocal weight, used, last
+        there, start = ~w.isnan(), torch.full_like(w[0], 1 / w.shape[1])
+        if fraction > last:     # else the step starts anew for want of memory, with the weights it had
+            used, last = start if weight is None else weight, fraction
+        share = used * there
+        mean = (share * w.nan_to_num()).sum(1) / share.sum(1)
+        if fraction < warm_up:
+            agree = ((w > 0.5) | ~there).all(1) | ((w <= 0.5) | ~there).all(1)
+            return torch.where(agree, mean, p)      # p itself: nothing to learn
+        p = p.clamp(1e-6, 1 - 1e-6)[:, None]
+        loss = -(w * p.log() + (1 - w) * (1 - p).log()).nanmean(0)          # (S,)
+        loss = torch.where(loss.isnan(), loss.nanmean(), loss)      # who is silent in a batch neither wins
+        weight = (used - rate * loss).clamp_min(1e-6)               # nor loses by it
+        weight = weight / weight.sum()
+        return mean
+    return target
+
+
+def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.75) -> Tensor:
+    """Two-stage filtering (arXiv 2503.04249) for classification, without its rewriting of questions: a
+    student of the more consistent share of items (by the confidence of the supervisors' mean; of votes that
+    is their agreement) labels the others; (n_u,) labels of the first and of those it is sure of [D19]."""
+    mean, inputs = prep.supervised.every.nanmean(0), prep.transfer.inputs
+    first = surer(mean, share)
+    rows, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
+    if not len(others):
+        return mean
+    out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows], mean[rows],
+                    [[inputs[i] for i in others]], prep.seed)
+    labels = left_out_but(first, mean)
+    labels[others] = left_out_but((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
+    return labels
+
+
+def label_model(votes: Tensor) -> tuple[Tensor, Tensor]:
+    """One-coin EM over votes (V, n) P(y = 1), NaN where one abstains: each voter is right with a probability
+    of its own, .5 to .99, independently (Dawid and Skene 1979; in the place of WSGAN's encoder, arXiv
+    2203.12023 [D19]). P(y = 1) (n,), float32, and the accuracies (V,) found."""
+    there = (~votes.isnan()).double()
+    sign = (2.0 * (votes > 0.5) - 1) * there                                # +1 yes, -1 no, 0 abstains
+    p = 0.5 + 0.5 * sign.sum(0) / there.sum(0).clamp_min(1)                 # the majority's share
+    for _ in range(1000):
+        voted_right = (sign > 0) * p + (sign < 0) * (1 - p)                 # (V, n)
+        right = (voted_right.sum(1) / there.sum(1).clamp_min(1)).clamp(0.5, 0.99)
+        before, p = p, torch.sigmoid(log_odds(p.mean()) + (sign * log_odds(right)[:, None]).sum(0))
+        if (p - before).abs().max() < 1e-9:
+            break
+    return p.float(), right
+
+
+def debate(setup: Setup, prep: Prepared) -> Tensor:
+    """(S, n_u) labels by supervisors that read a transcript, "transcripts" of the task's file, each its own,
+    in front of every question (arXiv 2501.13124, whose transcripts come from debates of strong models)."""
+    out, truth = prep.supervised.every.clone(), prep.labelled.truth
+    for i, supervisor in enumerate(setup.supervisors):
+        texts = []
+        for part in (prep.labelled, prep.transfer, prep.test):
+            pairs = zip(part.questions, part.items)
+            texts.append(["\n".join([*q.transcripts[i:i + 1], item.text]) for q, item in pairs])
+        out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, texts, truth, prep.seed).p[0]
+    return out
