@@ -319,6 +319,20 @@ def test_the_hours_are_operations_by_speed():
     assert words[-6:] == ["60", "min", "7.7", "min", "2.2", "min"]      # 1, 0.4 x 19.5, 0.4 x 67 times 1e12
 
 
+def test_several_devices_share_masters_gradients_and_moments(weightless, capsys):
+    """Both models are whole on each: only what is trained in float32 is shared, or goes to the CPU."""
+    def naive(*flags):
+        return selw2s.plan(selw2s.parse([*weightless, "--plan", *flags]))[-1]
+    one, four, offloaded = naive(), naive("4"), naive("4", "--offload", "1")
+    text = capsys.readouterr().out
+    assert "4 A100" in text and "4 H100" in text and max(map(len, text.splitlines())) <= 110
+    assert one.operations == four.operations
+    assert four.memory.adam == pytest.approx(one.memory.adam / 4, abs=8) and offloaded.memory.adam == 0
+    assert one.memory.weights - four.memory.weights == pytest.approx(3 / 8 * one.memory.adam, abs=8)
+    assert four.memory.activations < one.memory.activations
+    assert offloaded.memory.weights < four.memory.weights
+
+
 def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_path):
     config = Path(weightless[weightless.index("--strong") + 1]) / "config.json"
     config.write_text(json.dumps({
