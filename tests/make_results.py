@@ -47,12 +47,15 @@ REFERENCE = {       # folder in data/results: flags of the run, files kept of it
 PAIR = ("--weak", "pair/smollm2-135m", "--strong", "pair/gemma-3-270m")
 STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "graph-only", "route-only",
             "selective", "fused")
+RECIPES = ("naive", "ensemble", "raven", "two-stage", "label-model")
 ANSWER = ("--student", "answer")
 REAL = {            # the same for the real pair; a run that was not made is "not measured" in the tables
     "sciq-classifier": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS),
                         ("result.json", "items.npz", *FIGURES)),
     "sciq-answer": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER),
                     ("result.json", "items.npz", *FIGURES)),
+    "sciq-supervisors": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", *RECIPES, *ANSWER,
+                          "--weak-seeds", "3"), ("result.json", "main.svg")),
     "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
                      ("result.json", "items.npz", *FIGURES)),
     "cosmosqa-answer": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
@@ -393,7 +396,8 @@ def estimates_table(first: int | None = None) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"finding": finding, "results": lambda _: main_table([*REAL, *TASKS]), "output": demo_table,
+SELECTIVE = [name for name, (flags, _) in REAL.items() if "selective" in flags]
+PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS]), "output": demo_table,
          "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
          "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
          "analysis": analysis_table, "representation": representation_table,
