@@ -762,10 +762,12 @@ class Learner:
         norms = {x for part in network.modules() if isinstance(part, Norm) for x in part.parameters()}
         for x in norms:
             x.data = x.data.to(network.device)
-        frozen = set(network.parameters()) - set(self.trained.values())
+        frozen, masters = set(network.parameters()) - set(self.trained.values()), set(self.trained)
+        self.student._state = self.trained
+        for name in masters & set(network.params):  # or the whole masters would stay, beside their shares
+            del self.trained[name]
         many.shard(network, network.layers, norms | frozen, network.dtype, offload)
-        self.trained |= {name: x for name, x in network.params.items() if name in self.trained}
-        self.student._state = self.trained  # or the whole masters would stay
+        self.trained |= {name: x for name, x in network.params.items() if name in masters}
 
     def log_p(self, indices: list[int]) -> Tensor:
         """log P(y = 0), log P(y = 1) of these inputs, (len(indices), 2) float32"""
@@ -801,10 +803,10 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     are large, often one tensor, and few of their rows are in use.
     target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the
     given w (B,), and the fraction of steps done; targets may then be (N, S), and w is (B, S). Micro-batches
-    hold at most batch_tokens tokens and halve when memory runs out; gradients are always the whole batch's.
-    checkpoint: recompute activations. offload: several processes keep masters and moments in the CPU's
-    memory. progress(step, steps, loss) follows each step. TrainError for settings that do not go together, a
-    loss or weights that are not finite, and an input that does not fit into memory."""
+    hold at most batch_tokens tokens and, of one process, halve when memory runs out; gradients are always the
+    whole batch's. checkpoint: recompute activations. offload: several processes keep masters and moments in
+    the CPU's memory. progress(step, steps, loss) follows each step. TrainError for settings that do not go
+    together, a loss or weights that are not finite, and an input that does not fit into memory."""
     check_settings(student, tune, head_init)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
@@ -828,7 +830,7 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
                 adam.zero_grad()  # the step starts again from nothing
         if not math.isfinite(loss):
             if step == 0:  # nothing is learnt yet: are the model's own states to blame?
-                learner.student.predict([learner.inputs[i] for i in indices], budget)
+                learner.finished().predict([inputs[i] for i in indices], budget)
             raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
                              "lower it")
         adam.step()

@@ -27,6 +27,7 @@ import argparse
 import os
 import sys
 import textwrap
+import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
 # ------------------------------------------------------------------------------------ Config and command line
@@ -183,9 +184,11 @@ def parser() -> argparse.ArgumentParser:
     def layout(prog):
         return argparse.RawDescriptionHelpFormatter(prog, width=118, max_help_position=24)
 
-    def error(text):        # without argparse's lines of usage, and of several processes once
-        line = f"selw2s.py: error: {' '.join(text.split())}\n"
-        out.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
+    def error(text):        # without argparse's lines of usage; of several processes the first one says it
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)   # torchrun ends all when one has ended
+            out.exit(2)
+        out.exit(2, f"selw2s.py: error: {' '.join(text.split())}\n")
     out = argparse.ArgumentParser(
         prog="selw2s.py", usage="python selw2s.py [--FLAG VALUE] ...", allow_abbrev=False, epilog=EXAMPLES,
         formatter_class=layout,
@@ -240,7 +243,6 @@ import hashlib
 import json
 import math
 import random
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -359,7 +361,7 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
         state, out = student.state(), {}
         for i, part in enumerate(ask):
             out[f"p{i}"] = student.predict(part, progress=progress.part(work.predicting[i]))
-        if keep:
+        if keep and many.rank() == 0:
             out |= {f"state.{key}": x.cpu() for key, x in state.items()}
         return out | {"weights": digest(*(state[key] for key in sorted(state)))}
     depends = (start.sha256, config.dtype, config.device, settings, inputs, targets, rule, ask, keep)
@@ -767,7 +769,7 @@ def know(config: Config, prep: Prepared, router: str) -> Known:
               for features in router_features(router, prep.learn)]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
     known = Known(router, probes[layer].held_out.cpu().float(), None, None, layer, probes[layer])
-    return known._replace(transfer=known.predict(prep.transfer), test=known.predict(prep.test))
+    return many.word(known._replace(transfer=known.predict(prep.transfer), test=known.predict(prep.test)))
 
 
 # --------------------------------------------------------------------------------------------------- 5. Route
@@ -933,7 +935,7 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
             clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
             if clear and float(now.mean()) > best.after:
                 best = Smoothing(layer, alpha, k, before, float(now.mean()))
-    return best
+    return many.word(best)
 
 
 class Selected(NamedTuple):
@@ -1053,6 +1055,11 @@ def one_seed(setup: Setup, seed: int) -> dict:
     return record(setup, prep, routers, s, done, homophily(transfer, s.chosen_alone))
 
 
+def loaded(name: str, config: Config) -> Task:
+    """A task's questions; of several processes rank 0 reads (or downloads) them."""
+    return many.word(load_task(name, data_dir=config.data_dir or None) if many.rank() == 0 else None)
+
+
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[Task, dict]:
     """The task as all models can read it, and how many of its questions had to be changed for that [D11]."""
     room = min(1024, *(model.network.config.context for model in models))
@@ -1085,8 +1092,7 @@ def titled(names: list[str]) -> list[str]:
 def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup, dict]:
     """Task and models loaded, and how many questions had to be changed; load_model: --plan has its own.
     DataError for what the task's file and the flags do not give each other."""
-    task = many.word(load_task(config.task, data_dir=config.data_dir or None) if many.rank() == 0 else None)
-    sources = config.weak
+    task, sources = loaded(config.task, config), config.weak
     if config.task in DEMO and not sources:
         sources = (str(HERE / "data/demo/weak"),)
     if not sources and not task.train[0].weak:
@@ -1134,8 +1140,9 @@ def run(config: Config) -> dict:
     if config.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    print(described(config))
     check_device(config.device)
+    many.start(config.device)
+    print(described(config))
     setup, counts = set_up(config, Stages(Path(config.out) / "cache", tell, config.device))
     setup.strong.network.check_head()
     setup.stages.progress.ahead = ahead(setup)
@@ -1147,6 +1154,7 @@ def run(config: Config) -> dict:
     result = result_of(setup, counts, runs, analysis, time.perf_counter() - start)
     if many.rank() == 0:
         finish(result, runs, config.out)
+    many.word(None)     # none goes on before it is written
     return result
 
 
@@ -1186,7 +1194,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         config = parse(argv)
-        many.start(config.device)
+        if many.rank() and (config.merge or config.plan):
+            return 0
         if config.merge:
             finish(*merged(config.merge), config.out)
         elif config.rerun:
@@ -1204,14 +1213,12 @@ def main(argv: list[str] | None = None) -> int:
             return many.failed(many.LOST)
         if not isinstance(error, MemoryError) and not out_of_memory(error):
             raise
-        return many.failed("selw2s: out of memory: use a smaller model, --limit, or a machine with more "
-                           "(finished stages are kept: start again)")
+        return many.failed("selw2s: out of memory: use --tune lora, a smaller model, --limit, or a machine "
+                           "with more (finished stages are kept: start again)")
     except (OSError, SafetensorError) as error:
         return many.failed(f"selw2s: {error} (finished stages are kept: start again)")
     except KeyboardInterrupt:
-        print("\nselw2s: interrupted; finished stages are kept: start the same command again",
-              file=sys.stderr)
-        return 130
+        return many.failed(many.STOPPED, 130)
 
 
 # -------------------------------------------------------------------- Related systems: not the paper's method

@@ -1,14 +1,15 @@
 """Several processes of one run, started by torchrun: each runs the same program on its share of the work.
 
 Under torchrun alone is anything of torch.distributed started; a single process meets size() == 1 everywhere
-and takes none of these paths. All take the same decisions: what the cache holds is rank 0's word, and what is
-computed in shares is put together on all. Rank 0 alone prints and writes. A process that fails tells of it in
-one line; torchrun ends the others.
+and takes none of these paths. All take the same decisions: what the cache holds and what probes and graph say
+is rank 0's word, and what is computed in shares is put together on all. Rank 0 alone prints and writes. A
+process that fails tells of it in one line; torchrun ends the others.
 """
 import os
 import signal
 import sys
 import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -16,23 +17,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 LOST = "selw2s: a process of this run has died (finished stages are kept: start again)"
+STOPPED = "\nselw2s: interrupted; finished stages are kept: start the same command again"
+LAUNCHED = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 _store = None       # torchrun's, once start() has been called
 
 
 def rank() -> int:
     """Of this process; 0 of a single one."""
-    return dist.get_rank() if _store is not None else 0
+    return int(os.environ["RANK"]) if LAUNCHED else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """How many processes work together."""
     return dist.get_world_size() if _store is not None else 1
 
 
 def start(device: str) -> None:
     """Join the others where torchrun has started several. Device "cuda" is from now on this process's GPU."""
     global _store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _store is not None:
+    if not LAUNCHED or _store is not None:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -51,7 +54,7 @@ def start(device: str) -> None:
 
 
 def stop() -> None:
-    """The end of a run in which nothing failed, on all: none leaves before rank 0 has written."""
+    """The end of a run in which nothing failed, on all."""
     global _store
     if _store is not None:
         dist.barrier()
@@ -60,9 +63,11 @@ def stop() -> None:
 
 
 def ended(heard: int) -> None:
-    """Waits for torchrun's SIGTERM, which follows another's death, and ends this process."""
-    while os.read(heard, 1)[0] != signal.SIGTERM:
+    """Waits for torchrun's SIGTERM, which follows another's death, or an interrupt; ends this process."""
+    while (number := os.read(heard, 1)[0]) not in (signal.SIGTERM, signal.SIGINT):
         pass
+    if number == signal.SIGINT:
+        failed(STOPPED, 130)
     failed(LOST)
 
 
@@ -71,12 +76,15 @@ def lost(error: RuntimeError) -> bool:
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def failed(line: str) -> int:
-    """The line of an error on stderr; 2, the exit code. Of several processes the first one's line; they end
+def failed(line: str, code: int = 2) -> int:
+    """The line of an error on stderr, and the exit code. Of several processes the first one's line; they end
     here."""
     if _store is None:
-        print(line, file=sys.stderr)
-        return 2
+        if rank():              # before they have met: rank 0 says it; torchrun ends all when one has ended
+            time.sleep(2)
+        else:
+            print(line, file=sys.stderr)
+        return code
     try:
         first = _store.add("errors", 1) == 1
     except RuntimeError:        # the store has gone with torchrun
@@ -84,7 +92,7 @@ def failed(line: str) -> int:
     if first:
         print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)     # libraries that wait for the others would abort
+    os._exit(code)  # libraries that wait for the others would abort
 
 
 def word(value):
@@ -117,11 +125,15 @@ def total(x: Tensor) -> Tensor:
 def shard(network: nn.Module, blocks, whole: set, dtype: torch.dtype, offload: bool) -> None:
     """PyTorch's FSDP2: each process keeps its share of every parameter (float32) but of those in `whole`, and
     gathers a block's, in dtype, while it computes; gradients are reduced in float32 to their mean over
-    processes. offload: the shares stay in the CPU's memory."""
+    processes. Parameters may be on the CPU still: a block at a time goes to the network's device. offload:
+    the shares stay in the CPU's memory."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
                                         register_fsdp_forward_method)     # here: half a second
-    cpu = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-    options = dict(ignored_params=whole, offload_policy=cpu if offload else OffloadPolicy())
+    kind = network.device.type
+    cpu = CPUOffloadPolicy(pin_memory=kind == "cuda")
+    options = dict(mesh=init_device_mesh(kind, (size(),)), ignored_params=whole,
+                   offload_policy=cpu if offload else OffloadPolicy())
     for block in blocks:
         fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
                     **options)

@@ -84,7 +84,8 @@ def main(tokenizers: str) -> None:
             stages = selw2s.plan(config)
             most = max(stages, key=lambda row: row.memory.peak())
             rows.append({"task": task, "weak": weak, "strong": strong, "flags": " ".join(flags),
-                         "devices": devices, "dtype": config.dtype, "tokens": sum(row.tokens for row in stages),
+                         "devices": devices, "dtype": config.dtype,
+                         "tokens": sum(row.tokens for row in stages),
                          "operations": sum(row.operations for row in stages),
                          "memory": Memory._asdict(most.memory), "peak": most.memory.peak()})
     (ROOT / "data/results/plan.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")

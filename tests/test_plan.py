@@ -172,9 +172,11 @@ def assert_peak_is_that_measured(source: str, tune: str, student: str, checkpoin
     case = (source, dtype, settings, n, longest)
     code = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), case=case)
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    torchrun = ["-m", "torch.distributed.run", "--no-python", "--nproc-per-node", str(devices), sys.executable]
-    how = [*(torchrun if devices > 1 else ()), "-c", code]
-    done = subprocess.run([sys.executable, *how], capture_output=True, text=True, env=env)
+    how = [sys.executable, "-c", code]
+    if devices > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
+        how = [*torchrun, "--nproc-per-node", str(devices), *how]
+    done = subprocess.run(how, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout.splitlines()[-1])
     print(f"{Path(source).name} {tune} {student} {checkpoint} {dtype}: "
@@ -201,12 +203,15 @@ def test_peak_memory_in_bfloat16_is_that_measured(tune, student, checkpoint):
 
 @SLOW
 @LINUX
-@pytest.mark.parametrize("tune, student, checkpoint", [
-    ("full", "classifier", False), ("full", "answer", True), ("lora", "classifier", False)])
-def test_peak_memory_of_one_of_two_processes_is_that_measured(tmp_path, tune, student, checkpoint):
+@pytest.mark.parametrize("tune, student, checkpoint, devices", [
+    ("full", "classifier", False, 2), ("full", "answer", True, 2), ("lora", "classifier", False, 2),
+    ("full", "answer", True, 4)])
+def test_peak_memory_of_one_of_several_processes_is_that_measured(tmp_path, tune, student, checkpoint,
+                                                                  devices):
     write_llama(tmp_path / "model", 384, 12, 500, seed=1)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "model/tokenizer.json"))
-    assert_peak_is_that_measured(str(tmp_path / "model"), tune, student, checkpoint, 256, 60, 128, devices=2)
+    assert_peak_is_that_measured(str(tmp_path / "model"), tune, student, checkpoint, 256, 60, 128,
+                                 devices=devices)
 
 
 @SLOW
@@ -322,7 +327,7 @@ def test_the_hours_are_operations_by_speed():
 def test_several_devices_share_masters_gradients_and_moments(weightless, capsys):
     """Both models are whole on each: only what is trained in float32 is shared, or goes to the CPU."""
     def naive(*flags):
-        return selw2s.plan(selw2s.parse([*weightless, "--plan", *flags]))[-1]
+        return selw2s.plan(selw2s.parse([*weightless, "--device", "cuda", "--plan", *flags]))[-1]
     one, four, offloaded = naive(), naive("4"), naive("4", "--offload", "1")
     text = capsys.readouterr().out
     assert "4 A100" in text and "4 H100" in text and max(map(len, text.splitlines())) <= 110

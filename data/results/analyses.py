@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from data import DEMO, OFFICIAL, load_task
+from data import DEMO, OFFICIAL
 from data.results.metrics import accuracy, auroc, ece, hidden_truth, mean_of, own_right, right_option
 
 
@@ -185,8 +185,7 @@ def analyse(setup) -> dict:
     if config.analysis == "cross-task":
         tasks, models = {}, (*(supervisor.model for supervisor in setup.supervisors), setup.strong)
         for name in DEMO[1:] if config.task in DEMO else OFFICIAL:
-            loaded = load_task(name, data_dir=config.data_dir or None)
-            tasks[name], _ = selw2s.fitted(loaded, models, config, setup.stages.tell)
+            tasks[name], _ = selw2s.fitted(selw2s.loaded(name, config), models, config, setup.stages.tell)
     out = ANALYSES[config.analysis](setup, tasks)
     print(f"\n{analysis_table(config.analysis, out)}")
     return out

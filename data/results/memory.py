@@ -125,14 +125,18 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
         kept = sum(blocks) + rope_table(c)
         backward = kept + max(0, under_way - blocks[-1] * classifier)
     made = c.vocab * c.width * width * rows + learnt * width * (width < 4 or devices > 1)   # of the masters
+    whole = 0
     if devices > 1:     # two blocks whole, one of them with its gradients, and the embedding's rows
         cast = 3 * learnt // c.layers * width + 4 * (learnt - trained(c, tune))
-        learnt = 0 if settings["offload"] else -(-learnt // devices)
+        whole = learnt * (network.device.type == "cpu")     # until they are cut up
+        offloaded = settings["offload"] and network.device.type == "cuda"
+        learnt = 0 if offloaded else -(-learnt // devices)
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
     moments = [masters._replace(gradients=earlier, activations=tokens * kept + cast,
                                 logits=logit_bytes(c, sum(map(asked, part)), width, 4)),
                masters._replace(gradients=earlier, activations=tokens * backward + cast),
                masters._replace(gradients=4 * learnt, activations=tokens * under_way),
-               masters._replace(weights=masters.weights + made)]
+               masters._replace(weights=masters.weights + made),
+               Memory(masters.weights + 4 * whole)]
     return max(moments, key=Memory.peak)

@@ -82,15 +82,17 @@ def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
 
 def model_of(start) -> dict:
     """What result.json says of a model; start: selw2s.Pretrained."""
-    return {"sha256": start.sha256, "revision": start.network.revision, "lr": start.lr, "epochs": start.epochs}
+    return {"sha256": start.sha256, "revision": start.network.revision, "lr": start.lr,
+            "epochs": start.epochs}
 
 
 def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -> dict:
     """What result.json holds; setup: selw2s.Setup; runs: one per seed (selw2s.record)."""
     config, task, stages = setup.config, setup.task, setup.stages
     gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+    how = ["torchrun", "--nproc-per-node", str(many.size())] if many.size() > 1 else ["python"]
     return {
-        "schema": SCHEMA, "command": shlex.join(["python", "selw2s.py", *sys.argv[1:]]),
+        "schema": SCHEMA, "command": shlex.join([*how, "selw2s.py", *sys.argv[1:]]),
         "config": asdict(config), "code": sources(),
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},
@@ -117,7 +119,8 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     result.json is always a whole one. Returns the folder."""
     identity = {k: v for k, v in result["config"].items() if k not in ("out", "data_dir")}
     models = [model["sha256"] for model in (*result["models"]["weak"], result["models"]["strong"])]
-    run_id = digest(identity, result["data"]["sha256"], models, result["code"])[:12]
+    processes = [n for n in (result["env"].get("world_size", 1),) if n > 1]
+    run_id = digest(identity, result["data"]["sha256"], models, result["code"], *processes)[:12]
     folder = Path(out) / result["data"]["name"] / run_id
     arrays = {f"seed{r['seed']}/{part}/{name}": array
               for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
