@@ -17,6 +17,7 @@ from conftest import ROOT
 from data.results import analyses, metrics, report
 
 README = (ROOT / "README.md").read_text("utf-8")
+FILES = (ROOT / "data/README.md").read_text("utf-8")
 SOURCES = [ROOT / "selw2s.py", ROOT / "model.py", ROOT / "graph.py", *sorted((ROOT / "data").rglob("*.py"))]
 
 
@@ -28,7 +29,8 @@ def test_decision_tags_of_code_and_readme_are_the_same():
 
 def test_every_flag_named_in_the_readme_exists():
     flags = {"--" + f.name.replace("_", "-") for f in fields(selw2s.Config)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"python -m venv.*", "", README))) - {"--help"}
+    text = re.sub(r"python -m venv.*", "", README + FILES)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help"}
     others = {"--run", "--nproc-per-node"}      # of tests/make_results.py, of torchrun
     assert named <= flags | others, named - flags
 

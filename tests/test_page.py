@@ -90,10 +90,10 @@ def test_datasets_reads_the_labels(ran, tmp_path):
 
 @pytest.mark.slow
 def test_transformers_finetunes_from_the_labels_alone(ran, tiny, tmp_path, monkeypatch):
-    """The README's example, as it stands there, on the tiny task."""
+    """The example of data/README.md, as it stands there, on the tiny task."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    readme = (ROOT / "README.md").read_text("utf-8")
+    readme = (ROOT / "data/README.md").read_text("utf-8")
     example = re.search(r"```python\n(.*?)```", readme, re.S)[1]
     assert len(example.splitlines()) <= 10
     strong = tmp_path / "strong"
