@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import data.many as many
-from data.checkpoint import (ACTIVATIONS, Config, check_device, configure, export, find, read_params,
-                             summary, tensor_files, tensors)
+from data.checkpoint import (ACTIVATIONS, Config, check_device, configure, export, find, is_norm,
+                             read_params, summary, tensor_files, tensors)
 from data.families import FAMILIES
 from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, padding, read_json
 
@@ -328,6 +328,7 @@ class Transformer(nn.Module):
     Built from tensors under canonical names, which it shares and which its state_dict uses: embed.weight,
     layers.0.q.weight ... Weights of a higher precision than dtype are cast where they are used."""
     raw, folder, revision = None, None, None
+    host = None  # of a network that is spread over processes: all its tensors, on the CPU
     recompute = False  # activation checkpointing, block by block
 
     def __init__(self, config: Config, params: dict[str, Tensor], *, dtype: torch.dtype | None = None,
@@ -343,6 +344,16 @@ class Transformer(nn.Module):
     def params(self) -> dict[str, Tensor]:
         """Canonical name -> parameter."""
         return dict(self.named_parameters())
+
+    def shard(self, trained: set[str], offload: bool) -> None:
+        """Of several processes each keeps a share of the trained parameters, given by name, and gathers a
+        block's while it computes. The rest stays whole on all, and so do norms; but where the pretrained
+        network is spread, the blocks are shared out whatever is trained."""
+        whole = {x for name, x in self.named_parameters() if is_norm(name)
+                 or name not in trained and not (self.host and name.startswith("layers."))}
+        for x in whole:
+            x.data = x.data.to(self.device)
+        many.shard(self, self.layers, whole, self.dtype, offload)
 
     def packed(self, tokens: Tensor, lengths: list[int], layers: Sequence[int | None] = (None,),
                tree: Tensor | None = None, keep: Tensor | None = None) -> list[Tensor]:
@@ -399,6 +410,16 @@ class Transformer(nn.Module):
         return y if cap is None else cap * torch.tanh(y / cap)
 
 
+def spread(model: Transformer, device) -> Transformer:
+    """The network of a model on the CPU, whose blocks the processes share out: each keeps its share on the
+    device and gathers one block at a time. Embedding, head and norms are whole on all."""
+    out = Transformer(model.config, {name: x.detach() for name, x in model.params.items()})
+    out.raw, out.folder, out.revision = model.raw, model.folder, model.revision
+    out.host, out.device = {name: x.detach() for name, x in model.params.items()}, torch.device(device)
+    out.shard(set(), False)
+    return out
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 HEAD_ROWS = 8192  # of the vocabulary: converted to float32 at a time
@@ -423,19 +444,23 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
+def in_batches(model: Transformer, lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
                progress: Callable | None = None) -> list[int]:
     """work(indices) for every batch, of several processes for this one's; all indices done. A batch that runs
     out of memory is halved. TrainError when a single sequence does. progress(done_tokens, all_tokens) follows
     each batch."""
-    todo = batches(lengths, budget)[many.rank()::many.size()][::-1]
+    every = batches(lengths, budget)
+    todo = every[many.rank()::many.size()]
     mine, done = [i for indices in todo for i in indices], 0
+    if model.host and len(todo) < -(-len(every) // many.size()):
+        todo = [*todo, every[0]]  # counts nothing: all gather the blocks as often
+    todo = todo[::-1]
     while todo:
         indices = todo.pop()
         try:
             work(indices)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or model.host:
                 raise
             if len(indices) == 1:
                 raise TrainError(f"out of memory with one sequence of {lengths[indices[0]]} tokens: use a "
@@ -480,7 +505,7 @@ def hidden_at(model: Transformer, sequences: list[list[int]], position="last", l
         keep = torch.tensor([start + at[i] for start, i in zip(starts, indices)], device=model.device)
         out[indices] = finite(model, model.packed(tokens, lengths, (layer,), keep=keep)[0])
 
-    return many.joined(out, in_batches([len(s) for s in sequences], batch_tokens, work, progress))
+    return many.joined(out, in_batches(model, [len(s) for s in sequences], batch_tokens, work, progress))
 
 
 class Reading(NamedTuple):
@@ -515,8 +540,8 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
 
     for q, choices in enumerate(options):
         out.option_tokens[q, :len(choices)] = torch.tensor([len(option) for option in choices])
-    mine = in_batches([len(p) + sum(map(len, o)) for p, o in zip(prompts, options)], batch_tokens, work,
-                      progress)
+    sizes = [len(p) + sum(map(len, o)) for p, o in zip(prompts, options)]
+    mine = in_batches(model, sizes, batch_tokens, work, progress)
     for x in (out.loglik, out.prompt_state, out.item_state):
         many.joined(x, mine)
     return out
@@ -592,12 +617,22 @@ class Choice(NamedTuple):
     shown: int                # the one whose probability is asked for
 
 
+def home(model: Transformer, name: str) -> torch.device | str:
+    """Where a finetuned tensor is kept: of a network that is spread, in the machine's memory."""
+    return "cpu" if model.host and name != "classifier.weight" else model.device
+
+
 def with_state(model: Transformer, state: dict[str, Tensor],
                lora_scale: float) -> tuple[Transformer, dict[str, Tensor]]:
     """The model with the tensors that finetuning put in place of its own or beside them (LoRA), and these."""
-    state = {name: x if isinstance(x, nn.Parameter) else x.to(model.device) for name, x in state.items()}
-    tuned = Transformer(model.config, model.params | state, dtype=model.dtype, lora_scale=lora_scale)
-    tuned.raw, tuned.folder = model.raw, model.folder
+    learning = any(isinstance(x, nn.Parameter) for x in state.values())
+    if not learning:
+        state = {name: x.to(home(model, name)) for name, x in state.items()}
+    tuned = Transformer(model.config, (model.host or model.params) | state, dtype=model.dtype,
+                        lora_scale=lora_scale)
+    tuned.raw, tuned.folder, tuned.host, tuned.device = model.raw, model.folder, model.host, model.device
+    if model.host and not learning:
+        tuned.shard(set(), False)
     return tuned, state
 
 
@@ -616,7 +651,8 @@ def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKE
         p = student.log_p([inputs[i] for i in indices])[:, 1].exp()
         out[indices] = finite(student.model, p).cpu()
 
-    return many.joined(out, in_batches([student.size(x) for x in inputs], batch_tokens, work, progress))
+    sizes = [student.size(x) for x in inputs]
+    return many.joined(out, in_batches(student.model, sizes, batch_tokens, work, progress))
 
 
 class Classifier:
@@ -717,7 +753,7 @@ def trainable(model: Transformer, tune: str, rank: int, generator: torch.Generat
     """Canonical name -> the float32 tensor that Adam owns, whatever the model's dtype. full: a copy of every
     weight but embedding and head; lora: A, and B = 0, beside every linear map; head: none. Those that are to
     be sharded wait in the CPU's memory: FSDP2 takes a block at a time to the GPU."""
-    params, out, place = model.params, {}, "cpu" if many.size() > 1 else model.device
+    params, out, place = model.host or model.params, {}, "cpu" if many.size() > 1 else model.device
     for name in [name for _, names, _ in tensors(model.config) for name in names]:
         stem, _, kind = name.rpartition(".")
         if tune == "full" and name not in ("embed.weight", "head.weight"):
@@ -756,17 +792,13 @@ class Learner:
         self.trained["embed.weight"] = nn.Parameter(self.model.embed.weight.detach()[self.used].float())
 
     def shard(self, offload: bool) -> None:
-        """Of several processes each keeps its share of the masters, and of what Adam holds for them. Norms, a
-        classifier and what is not trained stay whole on all."""
-        network = self.student.model
-        norms = {x for part in network.modules() if isinstance(part, Norm) for x in part.parameters()}
-        for x in norms:
-            x.data = x.data.to(network.device)
-        frozen, masters = set(network.parameters()) - set(self.trained.values()), set(self.trained)
+        """Of several processes each keeps its share of the masters, and of what Adam holds for them; a
+        classifier stays whole on all."""
+        network, masters = self.student.model, set(self.trained)
         self.student._state = self.trained
         for name in masters & set(network.params):  # or the whole masters would stay, beside their shares
             del self.trained[name]
-        many.shard(network, network.layers, norms | frozen, network.dtype, offload)
+        network.shard(masters, offload)
         self.trained |= {name: x for name, x in network.params.items() if name in masters}
 
     def log_p(self, indices: list[int]) -> Tensor:
@@ -783,10 +815,10 @@ class Learner:
         for name, x in self.trained.items():
             x = many.whole(x.detach())
             x = x * self.lora_scale if name.endswith("lora_b") else x
-            state[name] = x.to(self.model.device, dtypes.get(name, self.model.dtype))
+            state[name] = x.to(home(self.model, name), dtypes.get(name, self.model.dtype))
         if self.used is not None:
             whole = self.model.embed.weight.detach()
-            state["embed.weight"] = whole.index_copy(0, self.used, state["embed.weight"])
+            state["embed.weight"] = whole.index_copy(0, self.used, state["embed.weight"].to(whole.device))
         return type(self.student)(self.model, state)
 
 

@@ -100,8 +100,9 @@ class Config:
     dtype: str = flag("float32", "dtype of the pretrained weights",
                       choices=("float32", "bfloat16", "float16"))
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
-    offload: int = flag(0, "1: several processes (torchrun) keep what Adam holds in the CPU's memory",
-                        choices=(0, 1))
+    spread: int = flag(0, "1: several processes (torchrun) share the pretrained weights out: for models "
+                          "larger than a device", choices=(0, 1))
+    offload: int = flag(0, "1: several processes keep what Adam holds in the CPU's memory", choices=(0, 1))
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
     plan: int = flag(0, "print operations, memory and hours of the run, on one device or N, by config.json, "
@@ -164,6 +165,8 @@ def problem(config: Config) -> str:
         return f"--methods: {min(missing)} must be among them"
     if config.student == "answer" and config.tune == "head":
         return "--student answer: has no head of its own to tune; use --tune full or lora"
+    if config.keep and config.spread:
+        return f"--keep {config.keep}: not with --spread 1"
     if config.keep and config.keep not in config.methods:
         return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
     return ""
@@ -266,8 +269,8 @@ from data.results.store import compared, merged, record, recorded, result_of, wr
 from data.results.work import reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import GraphError, affinity, knn, normalise, propagate
-from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory,
-                   read)
+from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory, read,
+                   spread)
 
 HERE = Path(__file__).resolve().parent
 LARGE = 1e9     # parameters from which a model's activations are recomputed in the backward pass
@@ -308,8 +311,12 @@ def passes(answers: bool, config: Config) -> int:
 
 def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
     """Load a checkpoint; answers: whether its students answer instead of classify [D17]."""
-    network, tokenizer = load(source, device=config.device, dtype=getattr(torch, config.dtype))
+    spreads = config.spread and many.size() > 1
+    network, tokenizer = load(source, device="cpu" if spreads else config.device,
+                              dtype=getattr(torch, config.dtype))
     size = sum(p.numel() for p in network.params.values())
+    if spreads:
+        network = spread(network, config.device)
     h = hashlib.sha256()
     for file in sorted(network.folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():

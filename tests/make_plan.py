@@ -49,9 +49,10 @@ PLANS = [           # task, (weak, strong), other flags, devices; the first thre
     ("sciq", SMALL, LORA, 1), ("sciq", SMALL, (*LORA, "--student", "answer"), 1),
     ("sciq", SMALL, HALF, 1), ("sciq", SMALL, HALF, 4), ("sciq", SMALL, HALF, 8),
     ("sciq", PAPER, LORA, 1), ("sciq", PAPER, HALF, 1), ("sciq", PAPER, HALF, 8), ("sciq", PAPER, HALF, 64),
-    ("sciq", PAPER, (*HALF, "--offload", "1"), 8), ("cosmosqa", PAPER, HALF, 8),
+    ("sciq", PAPER, (*HALF, "--spread", "1"), 8), ("cosmosqa", PAPER, (*HALF, "--spread", "1"), 8),
     ("sciq", LARGE, ("--tune", "head", *HALF), 1), ("sciq", LARGE, LORA, 1), ("sciq", LARGE, HALF, 1),
-    ("sciq", LARGE, HALF, 64)]
+    ("sciq", LARGE, (*LORA, "--spread", "1"), 8), ("sciq", LARGE, (*HALF, "--spread", "1"), 16),
+    ("sciq", LARGE, (*HALF, "--spread", "1"), 64)]
 
 
 def cosmosqa(file: Path) -> None:

@@ -36,12 +36,16 @@ def write_models(folder: Path) -> None:
     (folder / "own/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
 
 
-def computed(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Hidden states, a reading, neighbours, and students after 20 steps."""
+def computed(folder: Path, device: str = "cpu", spreads: bool = False) -> dict[str, torch.Tensor]:
+    """Hidden states, a reading, neighbours, and students after 20 steps; spreads: by networks whose weights
+    are shared out."""
     import selw2s
-    from model import Choice, finetune, hidden_at, load, read
-    models = {name: load(str(folder / name), device=device)[0] for name in ("tied", "own")}
-    models["half"], _ = load(str(folder / "own"), device=device, dtype=torch.bfloat16)
+    from model import Choice, finetune, hidden_at, load, read, spread
+    first = "cpu" if spreads else device
+    models = {name: load(str(folder / name), device=first)[0] for name in ("tied", "own")}
+    models["half"], _ = load(str(folder / "own"), device=first, dtype=torch.bfloat16)
+    if spreads:
+        models = {name: spread(network, device) for name, network in models.items()}
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 41, (7 + i % 11,), generator=g).tolist() for i in range(61)]
     choices = [Choice(s[:-5], [s[-5:-3], s[-3:-1], s[-1:]], i % 3) for i, s in enumerate(texts)]
@@ -79,6 +83,7 @@ def worker(folder: str, device: str = "cpu") -> None:
     from data import many
     many.start(device)
     out = computed(Path(folder), device) | {"kept": kept(Path(folder))}
+    out |= {f"spread.{name}": x for name, x in computed(Path(folder), device, True).items()}
     if many.rank() == 0:
         save_file(out, Path(folder) / f"{many.size()}.safetensors")
     many.stop()
@@ -108,12 +113,13 @@ def test_several_processes_compute_what_one_does(alone, processes):
     several = load_file(folder / f"{processes}.safetensors")
     mine, every = several.pop("kept").tolist()
     assert every / processes <= mine < 1.1 * every / processes      # norms and classifier are whole on all
+    one = one | {f"spread.{name}": x for name, x in one.items()}
     assert several.keys() == one.keys()
     for name, x in one.items():
         if x.dtype == torch.int64:
             assert torch.equal(several[name], x), name
         else:
-            case = name.split(".")[0]
+            case = name.removeprefix("spread.").split(".")[0]
             tolerance = 2e-2 if case == "half" else 1e-5 if case in CASES else 1e-6
             torch.testing.assert_close(several[name], x, rtol=tolerance, atol=tolerance, msg=name)
 
@@ -142,13 +148,14 @@ def accuracies(out: Path) -> tuple[dict, dict]:
 @pytest.mark.slow
 def test_a_whole_run_has_the_accuracies_of_one_process(tiny, tmp_path):
     flags = ["selw2s.py", *tiny, "--methods", "naive", "logconf", "selective", "--folds", "2"]
-    for processes in (1, 2):
-        done = launched(processes, *flags, "--out", str(tmp_path / str(processes)))
+    ways = {"one": (1,), "two": (2,), "spread": (2, "--spread", "1", "--offload", "1")}
+    for name, (processes, *more) in ways.items():
+        done = launched(processes, *flags, *more, "--out", str(tmp_path / name))
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("written ") == 1
-    one, two = accuracies(tmp_path / "1"), accuracies(tmp_path / "2")
-    assert one[0] == pytest.approx(two[0], abs=1e-9)
-    assert (one[1]["world_size"], two[1]["world_size"]) == (1, 2)
+    one, two, spread = (accuracies(tmp_path / name) for name in ways)
+    assert one[0] == pytest.approx(two[0], abs=1e-9) and one[0] == pytest.approx(spread[0], abs=1e-9)
+    assert (one[1]["world_size"], two[1]["world_size"], spread[1]["world_size"]) == (1, 2, 2)
 
 
 BRIEF = ["--methods", "naive", "--folds", "2", "--tau", "0.5", "--alpha", "0"]

@@ -134,7 +134,7 @@ many.start("cpu")
 def status(key):
     text = open("/proc/self/status").read()
     return 1024 * int(text.split(key + ":")[1].split()[0])
-source, dtype, settings, n, longest = {case!r}
+source, dtype, settings, n, longest, spread = {case!r}
 torch.backends.mkldnn.set_flags(dtype == "float32")     # it keeps 0.1 GB of programs for products of bfloat16
 network, _ = model.load(DEMO["weak"], dtype=getattr(torch, dtype))
 # threads, kernels, their scratch
@@ -144,6 +144,8 @@ model.Tokenizer = lambda *_: None       # Gemma's takes 0.2 GB
 inputs = inputs_of(sketch(source).config.vocab, n, longest, settings["student"])
 before = status("VmRSS")
 network, _ = model.load(source, dtype=getattr(torch, dtype))
+if spread:
+    network = model.spread(network, "cpu")
 open("/proc/self/clear_refs", "w").write("5")       # the peak begins again
 do(network, inputs, settings)
 print(json.dumps(status("VmHWM") - before), flush=True)
@@ -160,16 +162,17 @@ def do(network, inputs: list, settings: dict):
 
 
 def assert_peak_is_that_measured(source: str, tune: str, student: str, checkpoint: bool, n: int, longest: int,
-                                 batch: int, dtype: str = "float32", devices: int = 1):
+                                 batch: int, dtype: str = "float32", devices: int = 1, spread: bool = False):
     """Within 15 % of the resident bytes of a process that loads and does it, over what it had before."""
     network, settings = sketch(source, getattr(torch, dtype)), settings_of(tune, student, batch, checkpoint)
-    inputs, weights = inputs_of(network.config.vocab, n, longest, student), memory.held(network)
+    inputs = inputs_of(network.config.vocab, n, longest, student)
+    weights = memory.held(network, devices if spread else 1)
     if tune == "read":
         heads, tails = [x.prompt for x in inputs], [x.options for x in inputs]
         planned = memory.of_reading(network, weights, heads, tails, 3)
     else:
-        planned = memory.of_finetuning(network, weights, inputs, settings, devices)
-    case = (source, dtype, settings, n, longest)
+        planned = memory.of_finetuning(network, weights, inputs, settings, devices, spread)
+    case = (source, dtype, settings, n, longest, spread)
     code = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), case=case)
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     how = [sys.executable, "-c", code]
@@ -203,15 +206,17 @@ def test_peak_memory_in_bfloat16_is_that_measured(tune, student, checkpoint):
 
 @SLOW
 @LINUX
-@pytest.mark.parametrize("tune, student, checkpoint, devices", [
-    ("full", "classifier", False, 2), ("full", "answer", True, 2), ("lora", "classifier", False, 2),
-    ("full", "answer", True, 4)])
+@pytest.mark.parametrize("tune, student, checkpoint, devices, spread", [
+    ("full", "classifier", False, 2, False), ("full", "answer", True, 2, False),
+    ("lora", "classifier", False, 2, False), ("full", "answer", True, 4, False),
+    ("full", "answer", True, 2, True), ("lora", "answer", True, 4, True),
+    ("head", "classifier", False, 2, True)])
 def test_peak_memory_of_one_of_several_processes_is_that_measured(tmp_path, tune, student, checkpoint,
-                                                                  devices):
+                                                                  devices, spread):
     write_llama(tmp_path / "model", 384, 12, 500, seed=1)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "model/tokenizer.json"))
     assert_peak_is_that_measured(str(tmp_path / "model"), tune, student, checkpoint, 256, 60, 128,
-                                 devices=devices)
+                                 devices=devices, spread=spread)
 
 
 @SLOW
@@ -336,6 +341,8 @@ def test_several_devices_share_masters_gradients_and_moments(weightless, capsys)
     assert one.memory.weights - four.memory.weights == pytest.approx(3 / 8 * one.memory.adam, abs=8)
     assert four.memory.activations < one.memory.activations
     assert offloaded.memory.weights < four.memory.weights
+    spread, alone = naive("4", "--spread", "1"), naive("--spread", "1")
+    assert spread.memory.weights < four.memory.weights and alone.memory == one.memory
 
 
 def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_path):

@@ -33,10 +33,21 @@ def shapes(c: Config) -> dict[str, tuple]:
     return {name: shape for _, names, sizes in tensors(c) for name, shape in zip(names, sizes)}
 
 
-def held(network) -> int:
-    """Of the pretrained weights, norms in float32."""
-    return sum(math.prod(shape) * (4 if is_norm(name) else network.dtype.itemsize)
-               for name, shape in shapes(network.config).items())
+def inside(network) -> int:
+    """Of the blocks' pretrained weights but their norms: what a spread network shares out."""
+    return sum(math.prod(shape) for name, shape in shapes(network.config).items()
+               if name.startswith("layers.") and not is_norm(name)) * network.dtype.itemsize
+
+
+def held(network, devices: int = 1) -> int:
+    """Of the pretrained weights, norms in float32; spread over devices: a share of the blocks, two of them
+    gathered, and the rest; on a CPU the whole beside it."""
+    every = sum(math.prod(shape) * (4 if is_norm(name) else network.dtype.itemsize)
+                for name, shape in shapes(network.config).items())
+    if devices == 1:
+        return every
+    blocks, here = inside(network), network.device.type == "cpu"
+    return every * (1 + here) - blocks + blocks // devices + 2 * blocks // network.config.layers
 
 
 def trained(c: Config, tune: str) -> int:
@@ -101,30 +112,36 @@ def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[lis
                       logits=logit_bytes(c, states, width, 2)), key=Memory.peak)
 
 
-def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: int = 1) -> Memory:
-    """model.finetune; weights: bytes of both models, which each of the devices holds whole."""
+def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: int = 1,
+                  spread: bool = False) -> Memory:
+    """model.finetune; weights: bytes of both models on each of the devices, whole or spread."""
     c, tune, width = network.config, settings["tune"], network.dtype.itemsize
     classifier, longest = isinstance(inputs[0], list), max(map(size, inputs))
+    blocks = inside(network) // devices * spread        # a student's own shares, embedding, head and norms
+    rest = (held(network) - inside(network)) * spread
     if tune == "head":
         reading = pass_bytes(c, min(BATCH_TOKENS, sum(map(size, inputs))), 0, width)
-        return Memory(weights, activations=reading + len(inputs) * c.width * width)
+        return Memory(weights + blocks + rest, activations=reading + len(inputs) * c.width * width)
     rows = tune == "full" and classifier        # of the embedding: those in use are trained
     learnt = trained(c, tune) + (len(set().union(*inputs)) * c.width if rows else 0)
     cast = 2 * learnt if width < 4 and tune == "full" else 0    # masters in the dtype of the activations
     steps = updates(inputs, settings, devices)
     part = max((part for parts in steps for part in parts), key=lambda part: sum(map(size, part)))
     tokens = sum(map(size, part))
-    blocks = [saved(c, tune, width, longest, classifier and i == c.layers - 1,
+    layers = [saved(c, tune, width, longest, classifier and i == c.layers - 1,
                     not classifier or window is not None and window < longest)
               for i, window in enumerate(c.windows)]
     under_way = 2 * (c.inner + c.width) * width     # gradients in a block's MLP
     if settings["checkpoint"]:      # the blocks' inputs stay, and one block is computed again
         kept, cast = c.layers * c.width * width + rope_table(c), cast // c.layers
-        backward = kept + max(blocks) + under_way
+        backward = kept + max(layers) + under_way
     else:                           # a classifier's last block is gone when the first MLP's gradients come
-        kept = sum(blocks) + rope_table(c)
-        backward = kept + max(0, under_way - blocks[-1] * classifier)
+        kept = sum(layers) + rope_table(c)
+        backward = kept + max(0, under_way - layers[-1] * classifier)
     made = c.vocab * c.width * width * rows + learnt * width * (width < 4 or devices > 1)   # of the masters
+    if spread:
+        made = blocks + rest + made * (network.device.type == "cpu")
+        weights += rest + blocks * (tune != "full")
     whole = 0
     if devices > 1:     # two blocks whole, one of them with its gradients, and the embedding's rows
         cast = 3 * learnt // c.layers * width + 4 * (learnt - trained(c, tune))

@@ -49,9 +49,10 @@ class Ledger:
     cache the next time. networks: by the sha256 that stages depend on."""
     progress = None     # nothing is computed
 
-    def __init__(self, networks: dict, devices: int):
-        self.networks, self.devices, self.rows, self.seen = networks, devices, [], set()
-        self.weights = sum(map(held, networks.values()))
+    def __init__(self, networks: dict, devices: int, spread: bool):
+        self.networks, self.rows, self.seen = networks, [], set()
+        self.devices, self.spread = devices, spread and devices > 1
+        self.weights = sum(held(network, devices if spread else 1) for network in networks.values())
         self.random = torch.Generator().manual_seed(0)
 
     def tell(self, line: str) -> None:
@@ -72,7 +73,8 @@ class Ledger:
             values = dict(loglik=scores, option_tokens=scores, prompt_state=states, item_state=states)
         else:
             settings, inputs, _, _, ask, _ = depends[3:]
-            items, memory = len(inputs), of_finetuning(network, self.weights, inputs, settings, self.devices)
+            items, memory = len(inputs), of_finetuning(
+                network, self.weights, inputs, settings, self.devices, self.spread)
             values = {f"p{i}": self.made_up(len(part)) for i, part in enumerate(ask)} | {"weights": ""}
         if key not in self.seen:
             self.rows.append(Row(name, cost[0], items, tokens, cost[1], memory))
@@ -85,7 +87,8 @@ def stages_of(setup) -> list[Row]:
     and two-stage, whose items follow from values. Not foreseen: what --analysis prepares beside students."""
     import selw2s       # here, as it imports this module
     models = [supervisor.model for supervisor in setup.supervisors] + [setup.strong]
-    ledger = Ledger({model.sha256: model.network for model in models}, max(1, setup.config.plan))
+    ledger = Ledger({model.sha256: model.network for model in models}, max(1, setup.config.plan),
+                    bool(setup.config.spread))
     config = replace(setup.config, keep="")
     setup = setup._replace(config=config, stages=ledger)
     for seed in config.seeds:
