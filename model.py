@@ -469,7 +469,7 @@ def in_batches(model: Transformer, lengths: Sequence[int], budget: int, work: Ca
             todo += [indices[half:], indices[:half]]
             continue
         done += sum(lengths[i] for i in indices)
-        if progress:
+        if progress and mine:
             progress(done, sum(lengths[i] for i in mine))
     return mine
 
