@@ -328,7 +328,7 @@ class Transformer(nn.Module):
     Built from tensors under canonical names, which it shares and which its state_dict uses: embed.weight,
     layers.0.q.weight ... Weights of a higher precision than dtype are cast where they are used."""
     raw, folder, revision = None, None, None
-    host = None  # of a network that is spread over processes: all its tensors, on the CPU
+    host = {}  # of a network that is spread over processes: the blocks' matrices, whole, on the CPU
     recompute = False  # activation checkpointing, block by block
 
     def __init__(self, config: Config, params: dict[str, Tensor], *, dtype: torch.dtype | None = None,
@@ -347,12 +347,10 @@ class Transformer(nn.Module):
 
     def shard(self, trained: set[str], offload: bool) -> None:
         """Of several processes each keeps a share of the trained parameters, given by name, and gathers a
-        block's while it computes. The rest stays whole on all, and so do norms; but where the pretrained
-        network is spread, the blocks are shared out whatever is trained."""
+        block's while it computes. The rest stays whole on all, and so do norms; but of a spread network the
+        blocks' matrices are shared out whatever is trained."""
         whole = {x for name, x in self.named_parameters() if is_norm(name)
                  or name not in trained and not (self.host and name.startswith("layers."))}
-        for x in whole:
-            x.data = x.data.to(self.device)
         many.shard(self, self.layers, whole, self.dtype, offload)
 
     def packed(self, tokens: Tensor, lengths: list[int], layers: Sequence[int | None] = (None,),
@@ -413,9 +411,11 @@ class Transformer(nn.Module):
 def spread(model: Transformer, device) -> Transformer:
     """The network of a model on the CPU, whose blocks the processes share out: each keeps its share on the
     device and gathers one block at a time. Embedding, head and norms are whole on all."""
-    out = Transformer(model.config, {name: x.detach() for name, x in model.params.items()})
+    params = {name: x.detach() for name, x in model.params.items()}
+    out = Transformer(model.config, params)
     out.raw, out.folder, out.revision = model.raw, model.folder, model.revision
-    out.host, out.device = {name: x.detach() for name, x in model.params.items()}, torch.device(device)
+    out.host = {name: x for name, x in params.items() if name.startswith("layers.") and not is_norm(name)}
+    out.device = torch.device(device)
     out.shard(set(), False)
     return out
 
@@ -441,19 +441,20 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether this is what PyTorch raises when a GPU's or the machine's memory runs out."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = "can't allocate memory", "out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def in_batches(model: Transformer, lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
                progress: Callable | None = None) -> list[int]:
     """work(indices) for every batch, of several processes for this one's; all indices done. A batch that runs
-    out of memory is halved. TrainError when a single sequence does. progress(done_tokens, all_tokens) follows
-    each batch."""
+    out of memory is halved (of a spread network not). TrainError when a single sequence does.
+    progress(done_tokens, all_tokens) follows each batch."""
     every = batches(lengths, budget)
     todo = every[many.rank()::many.size()]
     mine, done = [i for indices in todo for i in indices], 0
     if model.host and len(todo) < -(-len(every) // many.size()):
-        todo = [*todo, every[0]]  # counts nothing: all gather the blocks as often
+        todo = [*todo, every[0]]  # for nothing, but all must gather the blocks as often
     todo = todo[::-1]
     while todo:
         indices = todo.pop()
@@ -618,8 +619,8 @@ class Choice(NamedTuple):
 
 
 def home(model: Transformer, name: str) -> torch.device | str:
-    """Where a finetuned tensor is kept: of a network that is spread, in the machine's memory."""
-    return "cpu" if model.host and name != "classifier.weight" else model.device
+    """Where a finetuned tensor is kept: a block's of a network that is spread, in the machine's memory."""
+    return "cpu" if name in model.host else model.device
 
 
 def with_state(model: Transformer, state: dict[str, Tensor],
@@ -628,7 +629,9 @@ def with_state(model: Transformer, state: dict[str, Tensor],
     learning = any(isinstance(x, nn.Parameter) for x in state.values())
     if not learning:
         state = {name: x.to(home(model, name)) for name, x in state.items()}
-    tuned = Transformer(model.config, (model.host or model.params) | state, dtype=model.dtype,
+    if not learning and state.keys() <= {"classifier.weight"}:
+        return model, state
+    tuned = Transformer(model.config, model.params | model.host | state, dtype=model.dtype,
                         lora_scale=lora_scale)
     tuned.raw, tuned.folder, tuned.host, tuned.device = model.raw, model.folder, model.host, model.device
     if model.host and not learning:
@@ -751,18 +754,20 @@ def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], 
 
 def trainable(model: Transformer, tune: str, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Canonical name -> the float32 tensor that Adam owns, whatever the model's dtype. full: a copy of every
-    weight but embedding and head; lora: A, and B = 0, beside every linear map; head: none. Those that are to
-    be sharded wait in the CPU's memory: FSDP2 takes a block at a time to the GPU."""
-    params, out, place = model.host or model.params, {}, "cpu" if many.size() > 1 else model.device
+    weight but embedding and head; lora: A, and B = 0, beside every linear map; head: none. Of several
+    processes, the weight itself: many.shard copies a block's when it cuts it up."""
+    params, out, alone = model.params | model.host, {}, many.size() == 1
     for name in [name for _, names, _ in tensors(model.config) for name in names]:
         stem, _, kind = name.rpartition(".")
         if tune == "full" and name not in ("embed.weight", "head.weight"):
-            out[name] = params[name].detach().to(place, torch.float32, copy=True)
+            out[name] = params[name].detach()
+            if alone:
+                out[name] = out[name].to(torch.float32, copy=True)
         if tune == "lora" and kind == "weight" and re.search(r"\.(q|k|v|o|gate|up|down)$", stem):
             rows, columns = params[name].shape
             a = torch.randn(rank, columns, generator=generator) / columns ** 0.5
             out[stem + ".lora_a"], out[stem + ".lora_b"] = a, torch.zeros(rows, rank)
-    return {name: nn.Parameter(x.to(place)) for name, x in out.items()}
+    return {name: nn.Parameter(x.to(model.device) if alone else x) for name, x in out.items()}
 
 
 class Learner:
@@ -795,8 +800,7 @@ class Learner:
         """Of several processes each keeps its share of the masters, and of what Adam holds for them; a
         classifier stays whole on all."""
         network, masters = self.student.model, set(self.trained)
-        self.student._state = self.trained
-        for name in masters & set(network.params):  # or the whole masters would stay, beside their shares
+        for name in masters & set(network.params):  # or the whole ones would stay, beside their shares
             del self.trained[name]
         network.shard(masters, offload)
         self.trained |= {name: x for name, x in network.params.items() if name in masters}
@@ -807,8 +811,8 @@ class Learner:
             return self.student.classify(self.features[indices])
         return self.student.log_p([self.inputs[i] for i in indices])
 
-    def finished(self) -> Student:
-        """The student with weights in the model's dtypes, LoRA's B times its scale."""
+    def finished(self) -> dict[str, Tensor]:
+        """A student's state: weights in the model's dtypes, LoRA's B times its scale."""
         dtypes = {name: x.dtype for name, x in self.model.params.items()}
         dtypes["classifier.weight"] = torch.float32
         state = {}
@@ -819,7 +823,14 @@ class Learner:
         if self.used is not None:
             whole = self.model.embed.weight.detach()
             state["embed.weight"] = whole.index_copy(0, self.used, state["embed.weight"].to(whole.device))
-        return type(self.student)(self.model, state)
+        return state
+
+
+def groups(trained: dict[str, Tensor]) -> list[dict]:
+    """For Adam, which cannot update sharded tensors and whole ones together."""
+    whole = [x for x in trained.values() if many.share(x) is x]
+    sharded = [x for x in trained.values() if many.share(x) is not x]
+    return [{"params": some} for some in (whole, sharded) if some]
 
 
 def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: int = 2, batch: int = 32,
@@ -847,8 +858,7 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     learner.student.model.recompute = checkpoint
     if many.size() > 1 and tune != "head":
         learner.shard(offload)
-    kinds = [list(same) for _, same in itertools.groupby(learner.trained.values(), type)]  # sharded or whole
-    adam = torch.optim.Adam([{"params": same} for same in kinds], lr=lr, betas=(0.9, 0.999), fused=True)
+    adam = torch.optim.Adam(groups(learner.trained), lr=lr, betas=(0.9, 0.999), fused=True)
     given, budget = torch.as_tensor(targets, dtype=torch.float32, device=model.device), batch_tokens
     for step, indices in enumerate(steps):
         for group in adam.param_groups:
@@ -862,7 +872,7 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
                 adam.zero_grad()  # the step starts again from nothing
         if not math.isfinite(loss):
             if step == 0:  # nothing is learnt yet: are the model's own states to blame?
-                learner.finished().predict([inputs[i] for i in indices], budget)
+                STUDENTS[student](model, learner.finished()).predict([inputs[i] for i in indices], budget)
             raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
                              "lower it")
         adam.step()
@@ -873,7 +883,9 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     if many.total(torch.tensor(broken)):
         raise TrainError(f"weights are not finite after step {len(steps)}, the last (learning rate {lr}): "
                          "lower it")
-    return learner.finished()
+    state = learner.finished()
+    del learner, adam, group  # what they hold is not needed beside the student
+    return STUDENTS[student](model, state)
 
 
 def check_settings(student: str, tune: str, head_init: str) -> None:

@@ -775,7 +775,8 @@ def know(config: Config, prep: Prepared, router: str) -> Known:
     probes = [fit_probe(features.to(config.device), target, fold=prep.learn.fold)
               for features in router_features(router, prep.learn)]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
-    known = Known(router, probes[layer].held_out.cpu().float(), None, None, layer, probes[layer])
+    probe = Probe(*(x.cpu() if isinstance(x, Tensor) else x for x in probes[layer]))
+    known = Known(router, probe.held_out.float(), None, None, layer, probe)
     return many.word(known._replace(transfer=known.predict(prep.transfer), test=known.predict(prep.test)))
 
 
@@ -976,7 +977,7 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     refined = smooth(states[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
     smoothed_weak = smooth(states[:, alone.layer], transfer.weak, alone.alpha, alone.k, config.gamma)
     selective = torch.where(is_self, transfer.own, refined)
-    return Selected(rule, tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone)
+    return many.word(Selected(rule, tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone))
 
 
 def homophily(transfer: Part, chosen: Smoothing) -> float:
@@ -1020,7 +1021,7 @@ def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
     if method == "strong-on-D_l":
         inputs, targets, labels = prep.labelled.inputs, prep.labelled.truth, None
     else:
-        inputs, targets = prep.transfer.inputs, labels_of(method, setup, prep, known, s)
+        inputs, targets = prep.transfer.inputs, many.word(labels_of(method, setup, prep, known, s))
         labels = targets if targets.ndim == 1 else None
     if labels is not None:
         rows = (~labels.isnan()).nonzero()[:, 0]
@@ -1148,6 +1149,8 @@ def run(config: Config) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     check_device(config.device)
+    if many.LAUNCHED and config.device.startswith("cuda:"):
+        raise DataError(f"--device {config.device}: several processes take --device cuda, a GPU each")
     many.start(config.device)
     print(described(config))
     setup, counts = set_up(config, Stages(Path(config.out) / "cache", tell, config.device))
@@ -1216,9 +1219,9 @@ def main(argv: list[str] | None = None) -> int:
     except (LoadError, DataError, TrainError, GraphError) as error:
         return many.failed(f"selw2s: {error}")
     except (MemoryError, RuntimeError) as error:
-        if many.lost(error):
-            return many.failed(many.LOST)
         if not isinstance(error, MemoryError) and not out_of_memory(error):
+            if many.lost(error):
+                return many.failed(many.LOST)
             raise
         return many.failed("selw2s: out of memory: use --tune lora, a smaller model, --limit, or a machine "
                            "with more (finished stages are kept: start again)")

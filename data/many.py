@@ -5,6 +5,7 @@ and takes none of these paths. All take the same decisions: what the cache holds
 is rank 0's word, and what is computed in shares is put together on all. Rank 0 alone prints and writes. A
 process that fails tells of it in one line; torchrun ends the others.
 """
+import gc
 import os
 import signal
 import sys
@@ -72,7 +73,7 @@ def ended(heard: int) -> None:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether this is what PyTorch raises when another process has gone."""
+    """Whether this is what PyTorch raises when another process has gone (or is out of memory)."""
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
@@ -123,10 +124,10 @@ def total(x: Tensor) -> Tensor:
 
 
 def shard(network: nn.Module, blocks, whole: set, dtype: torch.dtype, offload: bool) -> None:
-    """PyTorch's FSDP2: each process keeps its share of every parameter (float32) but of those in `whole`, and
-    gathers a block's, in dtype, while it computes; gradients are reduced in float32 to their mean over
-    processes. Parameters may be on the CPU still: a block at a time goes to the network's device. offload:
-    the shares stay in the CPU's memory."""
+    """PyTorch's FSDP2: each process keeps its share of every parameter but of those in `whole`, and gathers a
+    block's, in dtype, while it computes; gradients are reduced in float32 to their mean over processes. A
+    block at a time goes to the network's device, what is trained as a float32 copy. offload: the shares stay
+    in the CPU's memory."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
                                         register_fsdp_forward_method)     # here: half a second
@@ -134,10 +135,15 @@ def shard(network: nn.Module, blocks, whole: set, dtype: torch.dtype, offload: b
     cpu = CPUOffloadPolicy(pin_memory=kind == "cuda")
     options = dict(mesh=init_device_mesh(kind, (size(),)), ignored_params=whole,
                    offload_policy=cpu if offload else OffloadPolicy())
-    for block in blocks:
-        fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-                    **options)
-    fully_shard(network, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+    in_dtype = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
+    gc.collect()    # FSDP2's networks are cycles: an earlier one may still be there
+    for part, policy in [*((block, in_dtype) for block in blocks), (network, as_they_are)]:
+        for x in part.parameters():
+            if share(x) is x and (x.requires_grad or x.device != network.device):     # not sharded yet
+                kept = torch.float32 if x.requires_grad else x.dtype
+                x.data = x.data.to(network.device, kept, copy=x.requires_grad)
+        fully_shard(part, mp_policy=policy, **options)
     register_fsdp_forward_method(network, "packed")
 
 

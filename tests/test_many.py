@@ -4,6 +4,7 @@ This file is also the program that torchrun starts: python tests/test_many.py FO
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,14 +69,23 @@ def computed(folder: Path, device: str = "cpu", spreads: bool = False) -> dict[s
 
 
 def kept(folder: Path) -> torch.Tensor:
-    """Numbers that this process keeps of the masters of a student trained in full, and all there are."""
+    """Numbers that this process keeps of the masters of a student trained in full, and all there are; the
+    same of a network that is spread, and of a student with its state."""
     from data import many
-    from model import Learner, load
+    from model import Classifier, Learner, load, spread
     network, _ = load(str(folder / "tied"))
+    every = sum(x.numel() for x in network.params.values())
+    state = {name: x.detach().clone() for name, x in network.params.items()}
     learner = Learner(network, [[1, 2, 3], [2, 4]], "classifier", "full", 8, 1.0, "zero", torch.Generator())
-    every = sum(x.numel() for x in learner.trained.values())
+    masters = sum(x.numel() for x in learner.trained.values())
     learner.shard(False)
-    return torch.tensor([sum(many.share(x).numel() for x in learner.trained.values()), every])
+    wide = spread(network, "cpu")
+    student = Classifier(wide, state | {"classifier.weight": torch.zeros(2, 32)})
+
+    def mine(tensors):
+        return sum(many.share(x).numel() for x in tensors.values())
+    return torch.tensor([[mine(learner.trained), masters], [mine(wide.params), every],
+                         [mine(student.model.params), every]])
 
 
 def worker(folder: str, device: str = "cpu") -> None:
@@ -107,12 +117,17 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_compute_what_one_does(alone, processes):
+    assert_same(alone, processes, "cpu", 1e-6, 1e-5)
+
+
+def assert_same(alone, processes: int, device: str, reading: float, training: float):
+    """What one process computed and what several do; in float32, bfloat16 has 2e-2."""
     folder, one = alone
-    done = launched(processes, "tests/test_many.py", str(folder))
+    done = launched(processes, "tests/test_many.py", str(folder), device)
     assert done.returncode == 0, done.stderr[-3000:]
     several = load_file(folder / f"{processes}.safetensors")
-    mine, every = several.pop("kept").tolist()
-    assert every / processes <= mine < 1.1 * every / processes      # norms and classifier are whole on all
+    for mine, every in several.pop("kept").tolist():
+        assert every / processes <= mine < 1.2 * every / processes      # norms, embedding: whole on all
     one = one | {f"spread.{name}": x for name, x in one.items()}
     assert several.keys() == one.keys()
     for name, x in one.items():
@@ -120,7 +135,7 @@ def test_several_processes_compute_what_one_does(alone, processes):
             assert torch.equal(several[name], x), name
         else:
             case = name.removeprefix("spread.").split(".")[0]
-            tolerance = 2e-2 if case == "half" else 1e-5 if case in CASES else 1e-6
+            tolerance = 2e-2 if case == "half" else training if case in CASES else reading
             torch.testing.assert_close(several[name], x, rtol=tolerance, atol=tolerance, msg=name)
 
 
@@ -188,6 +203,21 @@ def test_an_error_of_one_is_one_line_and_exit_code_2_of_all(tiny, tmp_path):
     assert not list((tmp_path / "out").glob("*/*/result.json"))
 
 
+@pytest.mark.parametrize("flags", [(), pytest.param(("--spread", "1"), marks=pytest.mark.slow)])
+def test_states_that_are_not_finite_are_one_line(tiny, tmp_path, flags):
+    """Found at the first step, when all label the batch once more."""
+    weak, place = tmp_path / "weak", tiny.index("--weak") + 1
+    shutil.copytree(tiny[place], weak)
+    tensors = load_file(weak / "model.safetensors")
+    tensors["model.norm.weight"] *= 3e38
+    save_file(tensors, weak / "model.safetensors", {"format": "pt"})
+    argv = [*tiny[:place], str(weak), *tiny[place + 1:], *flags, "--out", str(tmp_path / "out")]
+    done = launched(2, "selw2s.py", *argv)
+    said = "selw2s: hidden states of weak are not finite in float32"
+    assert done.stderr.count(said) == done.stderr.count("selw2s: ") == 1, done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_line(tiny, tmp_path):
     done = launched(2, "selw2s.py", *tiny, "--lr", "1e30", "--methods", "naive", "--out", str(tmp_path))
     assert done.stderr.count("selw2s: the loss is nan") == done.stderr.count("selw2s: ") == 1
@@ -226,12 +256,7 @@ def test_a_wrong_flag_costs_one_line():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: not measured")
 def test_several_gpus_compute_what_one_process_does(alone):
-    folder, one = alone
-    done = launched(2, "tests/test_many.py", str(folder), "cuda")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, x in load_file(folder / "2.safetensors").items():
-        if name != "kept":
-            torch.testing.assert_close(x, one[name], rtol=1e-3, atol=1e-3, msg=name)
+    assert_same(alone, 2, "cuda", 1e-3, 1e-3)
 
 
 if __name__ == "__main__":

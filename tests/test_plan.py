@@ -207,10 +207,8 @@ def test_peak_memory_in_bfloat16_is_that_measured(tune, student, checkpoint):
 @SLOW
 @LINUX
 @pytest.mark.parametrize("tune, student, checkpoint, devices, spread", [
-    ("full", "classifier", False, 2, False), ("full", "answer", True, 2, False),
-    ("lora", "classifier", False, 2, False), ("full", "answer", True, 4, False),
-    ("full", "answer", True, 2, True), ("lora", "answer", True, 4, True),
-    ("head", "classifier", False, 2, True)])
+    ("full", "classifier", False, 2, False), ("full", "answer", True, 4, False),
+    ("lora", "answer", True, 2, True)])
 def test_peak_memory_of_one_of_several_processes_is_that_measured(tmp_path, tune, student, checkpoint,
                                                                   devices, spread):
     write_llama(tmp_path / "model", 384, 12, 500, seed=1)
@@ -359,8 +357,7 @@ def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_pat
     flags = ["--dtype", "bfloat16", "--tune", "lora", "--device", "cuda", "--plan", "8", "--spread", "1"]
     naive = selw2s.plan(selw2s.parse([*weightless, *flags]))[-1]
     embedding, block = 2 * 2 * 152064 * 8192, 2 * 70.2e9 / 80       # and a head; bytes
-    held = embedding + 2 * block + 80 * block / 8       # the network, its learner, its student
-    assert naive.memory.weights == pytest.approx(3 * held - 4 * block, rel=0.02)
+    assert naive.memory.weights == pytest.approx(embedding + (2 + 10 + 10 + 10) * block, rel=0.02)
 
 
 @pytest.mark.parametrize("damage, words", [

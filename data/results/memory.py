@@ -41,13 +41,13 @@ def inside(network) -> int:
 
 def held(network, devices: int = 1) -> int:
     """Of the pretrained weights, norms in float32; spread over devices: a share of the blocks, two of them
-    gathered, and the rest; on a CPU the whole beside it."""
+    gathered, and the rest; on a CPU the whole blocks beside it."""
     every = sum(math.prod(shape) * (4 if is_norm(name) else network.dtype.itemsize)
                 for name, shape in shapes(network.config).items())
     if devices == 1:
         return every
     blocks, here = inside(network), network.device.type == "cpu"
-    return every * (1 + here) - blocks + blocks // devices + 2 * blocks // network.config.layers
+    return every - blocks * (not here) + blocks // devices + 2 * blocks // network.config.layers
 
 
 def trained(c: Config, tune: str) -> int:
@@ -117,11 +117,9 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
     """model.finetune; weights: bytes of both models on each of the devices, whole or spread."""
     c, tune, width = network.config, settings["tune"], network.dtype.itemsize
     classifier, longest = isinstance(inputs[0], list), max(map(size, inputs))
-    blocks = inside(network) // devices * spread        # a student's own shares, embedding, head and norms
-    rest = (held(network) - inside(network)) * spread
     if tune == "head":
         reading = pass_bytes(c, min(BATCH_TOKENS, sum(map(size, inputs))), 0, width)
-        return Memory(weights + blocks + rest, activations=reading + len(inputs) * c.width * width)
+        return Memory(weights, activations=reading + len(inputs) * c.width * width)
     rows = tune == "full" and classifier        # of the embedding: those in use are trained
     learnt = trained(c, tune) + (len(set().union(*inputs)) * c.width if rows else 0)
     cast = 2 * learnt if width < 4 and tune == "full" else 0    # masters in the dtype of the activations
@@ -139,14 +137,14 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
         kept = sum(layers) + rope_table(c)
         backward = kept + max(0, under_way - layers[-1] * classifier)
     made = c.vocab * c.width * width * rows + learnt * width * (width < 4 or devices > 1)   # of the masters
-    if spread:
-        made = blocks + rest + made * (network.device.type == "cpu")
-        weights += rest + blocks * (tune != "full")
-    whole = 0
-    if devices > 1:     # two blocks whole, one of them with its gradients, and the embedding's rows
-        cast = 3 * learnt // c.layers * width + 4 * (learnt - trained(c, tune))
-        whole = learnt * (network.device.type == "cpu")     # until they are cut up
-        offloaded = settings["offload"] and network.device.type == "cuda"
+    offloaded = settings["offload"] and network.device.type == "cuda"
+    if spread:      # a student has its own shares; where all is trained, these are the masters'
+        shares = 0 if offloaded else inside(network) // devices
+        made = inside(network) // devices + made * (network.device.type == "cpu")
+        weights += shares * (tune != "full")
+    if devices > 1:     # two blocks, the gradients of one in both dtypes; the same of the embedding's rows
+        rows = learnt - trained(c, tune)
+        cast = (learnt - rows) // c.layers * (3 * width + 4) + 12 * rows
         learnt = 0 if offloaded else -(-learnt // devices)
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
@@ -154,6 +152,5 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
                                 logits=logit_bytes(c, sum(map(asked, part)), width, 4)),
                masters._replace(gradients=earlier, activations=tokens * backward + cast),
                masters._replace(gradients=4 * learnt, activations=tokens * under_way),
-               masters._replace(weights=masters.weights + made),
-               Memory(masters.weights + 4 * whole)]
+               masters._replace(weights=masters.weights + made)]
     return max(moments, key=Memory.peak)
