@@ -100,8 +100,8 @@ class Config:
     dtype: str = flag("float32", "dtype of the pretrained weights",
                       choices=("float32", "bfloat16", "float16"))
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
-    spread: int = flag(0, "1: several processes (torchrun) share the pretrained weights out: for models "
-                          "larger than a device", choices=(0, 1))
+    spread: int = flag(0, "1: several processes (torchrun) share out the pretrained weights too",
+                       choices=(0, 1))
     offload: int = flag(0, "1: several processes keep what Adam holds in the CPU's memory", choices=(0, 1))
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")

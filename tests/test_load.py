@@ -660,6 +660,7 @@ for source in sys.argv[1:]:
 """)
 
 
+@pytest.mark.slow
 def test_hub(tiny, tmp_path):
     """Hub ids against a server on this machine: revision, a missing file, 401, 403, 404, a connection cut and
     resumed, no network at all, and offline mode with a full and with an empty cache."""

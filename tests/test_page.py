@@ -312,6 +312,7 @@ def test_the_browser_shows_hostile_text_as_it_is(hostile):
     assert got[0] == [item[3] for item in items] and got[1] == 0 and got[2].startswith("task: ")
 
 
+@pytest.mark.slow
 def test_the_browser_makes_two_hundred_rows_and_the_rest_on_demand(ran, tmp_path):
     result, runs = read_run(str(ran[1] / "result.json"))
     run, at = dict(runs[0]), np.arange(10_000) % len(runs[0]["transfer"]["id"])

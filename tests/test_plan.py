@@ -280,7 +280,8 @@ def test_the_plan_is_the_run(flags, tiny, weightless, tmp_path):
         assert [row.items, row.tokens, row.operations] == pytest.approx(amounts, rel=0 if exact else near)
         assert recorded[key]["tokens"] == amounts[1]
         if exact and "steps" in recorded[key]:
-            assert recorded[key]["steps"] == 2 * -(-row.items // 32)
+            passes = 1 if "answer" in flags and row.kind == "finetune strong" else 2
+            assert recorded[key]["steps"] == passes * -(-row.items // 32)
     # what is planned beyond that had the labels of another method, by chance: found in the cache
     found = {stage["name"] for stage in result["stages"] if stage["cached"]}
     assert {name for name, rows in left.items() if rows} <= found
@@ -327,6 +328,7 @@ def test_the_hours_are_operations_by_speed():
     assert words[-6:] == ["60", "min", "7.7", "min", "2.2", "min"]      # 1, 0.4 x 19.5, 0.4 x 67 times 1e12
 
 
+@pytest.mark.slow
 def test_several_devices_share_masters_gradients_and_moments(weightless, capsys):
     """Both models are whole on each: only what is trained in float32 is shared, or goes to the CPU."""
     def naive(*flags):

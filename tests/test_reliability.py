@@ -105,6 +105,7 @@ def test_killed_at_random_times_it_goes_on(tiny, tmp_path, unbroken):
     same(outcome(tmp_path), unbroken)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_one_directory(tiny, tmp_path, unbroken):
     both = [subprocess.Popen([sys.executable, "selw2s.py", *tiny, *METHODS, "--out", str(tmp_path)], cwd=ROOT,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -113,6 +114,7 @@ def test_two_runs_at_once_in_one_directory(tiny, tmp_path, unbroken):
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+@pytest.mark.slow
 def test_interrupt_signal(tiny, tmp_path, unbroken):
     # a shell's background jobs ignore the signal, and their children with them
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)     # noqa: E731
@@ -147,6 +149,7 @@ def test_loss_that_is_not_finite_names_step_and_learning_rate(tiny, tmp_path, ca
     assert "step" in error and "1e+30" in error and "\n" not in error
 
 
+@pytest.mark.slow
 def test_rerun_repeats_and_compares(tiny, tmp_path, capsys):
     assert selw2s.main([*tiny, *METHODS, "--out", str(tmp_path / "a")]) == 0
     file = next((tmp_path / "a").glob("*/*/result.json"))

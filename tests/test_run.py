@@ -31,6 +31,11 @@ def arrays(result, out):
         return {key: file[key] for key in file.files}
 
 
+def slow(*cases):
+    """Cases of a parametrised test that only CI runs."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.fixture(scope="module")
 def full(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("full")
@@ -38,8 +43,8 @@ def full(tiny, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------- honesty rules
-@pytest.mark.parametrize("flags", [("--weak-seeds", "3"), ("--student", "answer"), ("--own", "judge"),
-                                   ("--shots", "1"), ("--route", "both", "--tau", "item")])
+@pytest.mark.parametrize("flags", [("--weak-seeds", "3"), *slow(
+    ("--student", "answer"), ("--own", "judge"), ("--shots", "1"), ("--route", "both", "--tau", "item"))])
 def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch, flags):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
     methods = ("--methods", *(m for m in METHODS if m != "oracle"), *flags)
@@ -142,6 +147,7 @@ def test_second_run_repeats_no_stage_and_says_the_same(full, tiny):
     assert len(list(Path(out).glob("*/*/result.json"))) == 1
 
 
+@pytest.mark.slow
 def test_another_process_and_a_cold_cache_give_the_same_bits(full, tiny, tmp_path):
     result, _ = full
     subprocess.run([sys.executable, "selw2s.py", *tiny, "--methods", "all", "--seeds", "0", "1",
@@ -152,6 +158,7 @@ def test_another_process_and_a_cold_cache_give_the_same_bits(full, tiny, tmp_pat
     assert other["metrics"] == json.loads(json.dumps(result["metrics"]))
 
 
+@pytest.mark.slow
 def test_other_batch_budgets_agree_to_1e_5(full, tiny, tmp_path, monkeypatch):
     """Micro-batches of a few sequences for training, reading and predicting instead of the defaults."""
     from functools import partial
@@ -172,6 +179,7 @@ def test_other_batch_budgets_agree_to_1e_5(full, tiny, tmp_path, monkeypatch):
     assert differ > 10                                  # it did run otherwise
 
 
+@pytest.mark.slow
 def test_what_changes_the_result_changes_the_key(tiny, tmp_path):
     def names(*flags):
         result = go(tiny, tmp_path, "--methods", "naive", *flags)
@@ -260,10 +268,10 @@ def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------- own answers, P(IK), analyses
-@pytest.mark.parametrize("flags", [("--own", "mean"), ("--own", "pmi"), ("--own", "judge"), ("--shots", "3"),
-                                   ("--target", "soft"), ("--anchors", "0"), ("--tune", "head"),
-                                   ("--student", "answer"), ("--route", "belief"), ("--route", "both"),
-                                   ("--tune", "lora"), ("--protocol", "openai")])
+@pytest.mark.parametrize("flags", [("--student", "answer"), ("--route", "both"), *slow(
+    ("--own", "mean"), ("--own", "pmi"), ("--own", "judge"), ("--shots", "3"), ("--target", "soft"),
+    ("--anchors", "0"), ("--tune", "head"), ("--route", "belief"), ("--tune", "lora"),
+    ("--protocol", "openai"))])
 def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flags):
     fixed = ("--tau", "0.3", "--alpha", "0.5", "--k", "5")
     result, plain = go(tiny, tmp_path / "a", *fixed, *flags), go(tiny, tmp_path / "b", *fixed)
@@ -365,6 +373,7 @@ def test_zero_shot_is_the_untouched_models_belief_in_the_candidate_shown(full, t
     assert row == pytest.approx(methods["naive"]["accuracy"] - methods["zero-shot"]["accuracy"])
 
 
+@pytest.mark.slow
 def test_merged_runs_of_single_seeds_give_the_table_of_one_run(full, tiny, tmp_path, capsys):
     result, out = full
     for seed in ("0", "1"):
@@ -484,6 +493,7 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
         torch.testing.assert_close(got.prompt_state[:, r], hidden_at(strong.network, ids, layer=layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 28)])
 def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
     result = go(tiny, tmp_path, "--methods", "naive", "--seeds", "0", "1", "--analysis", analysis)
@@ -566,6 +576,7 @@ def test_a_kept_student_gives_the_probabilities_of_the_run(tiny, tmp_path):
         (folder / "model.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_a_kept_student_is_given_back_as_a_model(tiny, tmp_path):
     """As the weak one always; as the strong one where it still has a head to answer with."""
     from safetensors.torch import load_file, save_file

@@ -256,6 +256,7 @@ def test_labels_of_d_l_are_taken_as_they_stand(tiny, tmp_path):
     assert prep.test.weak.isnan().all()
 
 
+@pytest.mark.slow
 def test_models_come_before_a_files_labels_and_test_labels_count(tiny, tmp_path):
     def of_test(row, i):
         if row["split"] == "test":
@@ -368,6 +369,7 @@ def test_a_yes_no_task_with_votes_runs(tiny, tmp_path):
         assert said == data[f"seed0/{part}/p/weak"].tolist()
 
 
+@pytest.mark.slow
 def test_merge_and_rerun_know_a_files_labels(tiny, tmp_path, capsys):
     argv, _ = annotated(tiny, tmp_path)
     flags = ("--methods", "naive", "two-stage")
