@@ -832,21 +832,29 @@ def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Te
 ALPHAS, KS = (0.3, 0.5, 0.7, 0.9, 0.97), (5, 10, 20, 50)
 
 
-def neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k nearest by cosine, features centred: one direction dominates raw hidden states [D15]."""
+def neighbours(features: Tensor, k: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """k nearest by cosine, on device, features centred: one direction dominates raw hidden states [D15]."""
     x = features.float()
     x, k = x - x.mean(0), min(k, len(x) - 1)
-    if many.size() == 1:
-        return knn(x, k)
-    rows = list(range(len(x)))[many.rank()::many.size()]        # each process asks for its rows, and itself
-    index = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
-    similarity = torch.zeros(len(x), k, device=x.device)
-    if rows:
-        found, near = knn(x, k + 1, queries=x[rows])
-        other = found != torch.tensor(rows, device=x.device)[:, None]
-        other[other.all(1), -1] = False                         # k copies of it come first
-        index[rows], similarity[rows] = found[other].view(-1, k), near[other].view(-1, k)
-    return many.joined(index, rows), many.joined(similarity, rows)
+    return knn(x.to(device), k) if many.size() == 1 else knn_in_shares(x, k, device)
+
+
+def knn_in_shares(x: Tensor, k: int, device: str) -> tuple[Tensor, Tensor]:
+    """graph.knn of x (n, C) by several processes: each asks for its own rows, among every process's rows in
+    turn, so that a device holds two shares of x."""
+    every, n = torch.arange(len(x)), many.size()
+    mine = every[many.rank()::n]
+    index = torch.zeros(len(x), k, dtype=torch.int64, device=device)
+    similarity = torch.zeros(len(x), k, device=device)
+    if len(mine):
+        shares = [every[r::n] for r in range(n) if r < len(x)]
+        found = [knn(x[theirs].to(device), k + 1, queries=x[mine].to(device)) for theirs in shares]
+        at = torch.cat([theirs.to(device)[i] for theirs, (i, _) in zip(shares, found)], 1)
+        near = torch.cat([s for _, s in found], 1).masked_fill(at == mine.to(device)[:, None], -2)   # itself
+        at, order = at.sort(1)                  # ties go to the lower index
+        near, order = near.gather(1, order).sort(dim=1, descending=True, stable=True)
+        index[mine], similarity[mine] = at.gather(1, order)[:, :k], near[:, :k]
+    return many.joined(index, mine.tolist()), many.joined(similarity, mine.tolist())
 
 
 def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
@@ -866,13 +874,13 @@ def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[flo
     return out
 
 
-def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float) -> Tensor:
+def smooth(features: Tensor, prior: Tensor, alpha: float, k: int, gamma: float, device="cpu") -> Tensor:
     """Smoothed P(y = 1) (n,): F = (1 - alpha)(I - alpha S)^-1 Y on the kNN graph of the items' hidden states.
 
     features (n, C) hidden states at the item's last token, prior (n,) P(y = 1). alpha = 0: prior itself."""
     if alpha == 0:
         return prior
-    return smooth_grid(neighbours(features, k), prior, (alpha,), (k,), gamma)[alpha, k]
+    return smooth_grid(neighbours(features, k, device), prior, (alpha,), (k,), gamma)[alpha, k]
 
 
 class Smoothing(NamedTuple):
@@ -935,7 +943,7 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     for layer in range(graphs[0].features.shape[1]):
         found = []
         for view in graphs:
-            near = neighbours(view.features[:, layer].to(config.device), max(ks))
+            near = neighbours(view.features[:, layer], max(ks), config.device)
             found.append(smooth_grid(near, view.prior, alphas, ks, config.gamma))
         for alpha, k in found[0]:
             now = right_where_scored(graphs, [smoothed[alpha, k] for smoothed in found])
@@ -973,9 +981,10 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     chosen = choose_smoothing(views(prep, is_self_learn, is_self, bool(config.anchors)), config)    # [D6]
     alone = choose_smoothing(views(prep, *nobody, False), config)
     prior = routed if config.anchors else transfer.weak                                             # [D5]
-    states = transfer.item_state.to(config.device)
-    refined = smooth(states[:, chosen.layer], prior, chosen.alpha, chosen.k, config.gamma)
-    smoothed_weak = smooth(states[:, alone.layer], transfer.weak, alone.alpha, alone.k, config.gamma)
+
+    def smoothed(labels, c):
+        return smooth(transfer.item_state[:, c.layer], labels, c.alpha, c.k, config.gamma, config.device)
+    refined, smoothed_weak = smoothed(prior, chosen), smoothed(transfer.weak, alone)
     selective = torch.where(is_self, transfer.own, refined)
     return many.word(Selected(rule, tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone))
 

@@ -38,12 +38,10 @@ def write_task(file: Path, n: int) -> None:
             out.write(json.dumps(row) + "\n")
 
 
-def planned(task: Path) -> dict:
+def planned(task: Path, per_second: float) -> dict:
     """By --plan, which prints it too: operations, seconds of the products alone, bytes."""
-    config = selw2s.parse(["--task", str(task), *MODELS, "--plan"])
     start = time.perf_counter()
-    rows = selw2s.plan(config)
-    _, per_second = speed("cpu", "float32", selw2s.load(config.strong)[0].config)
+    rows = selw2s.plan(selw2s.parse(["--task", str(task), *MODELS, "--plan"]))
     operations = sum(row.operations for row in rows)
     return {"operations": operations, "seconds": operations / per_second,
             "peak": max(row.memory.peak() for row in rows), "planning": time.perf_counter() - start}
@@ -82,13 +80,14 @@ def draw(rows: list[dict]) -> None:
 def main() -> None:
     if sys.argv[1:] == ["--draw"]:
         return draw(json.loads((RESULTS / "growth.json").read_text("utf-8")))
-    rows = []
+    rows, (network, _) = [], selw2s.load(MODELS[3])
+    _, per_second = speed("cpu", "float32", network.config)
     for n in PLANNED:
         with tempfile.TemporaryDirectory() as name:
             task = Path(name) / "task.jsonl"
             write_task(task, n)
             row = {"questions": n, "command": shlex.join(["python", "tests/bench_growth.py"]),
-                   "planned": planned(task)}
+                   "planned": planned(task, per_second)}
             if n in MEASURED:
                 row["measured"] = measured(task, Path(name) / "out")
         rows.append(row)

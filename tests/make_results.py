@@ -396,6 +396,22 @@ def estimates_table(first: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def growth_table(_: str) -> str:
+    """Time and memory of a run by its size (tests/bench_growth.py)."""
+    rows = json.loads((RESULTS / "growth.json").read_text("utf-8"))
+    head = ["training questions", "operations", "minutes of products, planned", "minutes, measured",
+            "GB, planned", "GB of the process, measured", "seconds that planning took"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
+    for row in rows:
+        plan, real = row["planned"], row.get("measured")
+        minutes, peak = ("not measured",) * 2
+        if real:
+            minutes, peak = f"{real['seconds'] / 60:.1f}", f"{real['peak'] / 1e9:.2f}"
+        lines.append(row_of([f"{row['questions']:,}", f"{plan['operations']:.1e}", f"{plan['seconds'] / 60:.2f}",
+                             minutes, f"{plan['peak'] / 1e9:.2f}", peak, f"{plan['planning']:.0f}"]))
+    return "\n".join([*lines, "", f"    {rows[0]['command']}"])
+
+
 SELECTIVE = [name for name, (flags, _) in REAL.items() if "selective" in flags]
 PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS]), "output": demo_table,
          "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
@@ -403,7 +419,8 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS
          "analysis": analysis_table, "representation": representation_table,
          "smoothing": smoothing_table, "choice": choice_table,
          "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
-         "estimates": lambda _: estimates_table(3), "plans": lambda _: estimates_table()}
+         "estimates": lambda _: estimates_table(3), "plans": lambda _: estimates_table(),
+         "growth": growth_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 
