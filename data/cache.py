@@ -217,8 +217,8 @@ class Progress:
             return
         if self.bar is None:
             from tqdm import tqdm       # here: only a terminal needs it; it comes with huggingface_hub
-            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, ncols=columns() - 1, delay=1e-9,
-                            bar_format="|{bar:10}| {desc}")
+            self.bar = tqdm(total=1.0, leave=False, file=sys.stderr, ncols=columns() - 1, nrows=20,
+                            delay=1e-9, bar_format="|{bar:10}| {desc}")    # nrows: else none at a size of 0
         self.bar.n = share
         self.bar.set_description_str(text)
 

@@ -407,8 +407,9 @@ def growth_table(_: str) -> str:
         minutes, peak = ("not measured",) * 2
         if real:
             minutes, peak = f"{real['seconds'] / 60:.1f}", f"{real['peak'] / 1e9:.2f}"
-        lines.append(row_of([f"{row['questions']:,}", f"{plan['operations']:.1e}", f"{plan['seconds'] / 60:.2f}",
-                             minutes, f"{plan['peak'] / 1e9:.2f}", peak, f"{plan['planning']:.0f}"]))
+        lines.append(row_of([f"{row['questions']:,}", f"{plan['operations']:.1e}",
+                             f"{plan['seconds'] / 60:.2f}", minutes, f"{plan['peak'] / 1e9:.2f}", peak,
+                             f"{plan['planning']:.0f}"]))
     return "\n".join([*lines, "", f"    {rows[0]['command']}"])
 
 

@@ -3,6 +3,7 @@
 Run: pytest tests/test_progress.py (20 s).
 """
 import io
+import os
 import re
 import sys
 
@@ -64,6 +65,28 @@ def test_in_a_pipe_a_line_a_minute_and_the_estimate_is_right(clock, monkeypatch)
     form = r"progress  run \d+%, \S+ left; \w+ \d+%, \S+ left, \d+ tokens/s, loss 0.500"
     assert all(re.fullmatch(form, line)
                for line in lines)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize("rows, columns", [(40, 120), (0, 0)])
+def test_a_real_terminal_shows_a_bar(clock, monkeypatch, rows, columns):
+    """Also one that does not know its size, as containers and CI have them."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+    reader, writer = pty.openpty()
+    os.set_blocking(reader, False)
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with open(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        steps = two_kinds(clock, 2.0)
+        for _ in range(30):
+            next(steps)
+        terminal.flush()
+        shown = os.read(reader, 65536).decode()
+    os.close(reader)
+    assert "run 1%, " in shown and "weak 30%, " in shown and "tokens/s" in shown
 
 
 def test_a_run_of_seconds_says_nothing_in_a_pipe(clock, monkeypatch):
