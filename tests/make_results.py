@@ -68,7 +68,8 @@ DECISIONS = {       # row of the README's table of decisions: flags of its alter
     "D9": (("--lr", "2e-4"), ("--epochs", "1")),
     "D15": (("--gamma", "1"),),
     "D16": (("--folds", "2"), ("--folds", "10")),
-    "D17": (("--student", "answer"),), "D18": (("--route", "belief"), ("--route", "both"))}
+    "D17": (("--student", "answer"), ("--student", "answer", "--epochs", "2")),
+    "D18": (("--route", "belief"), ("--route", "both"))}
 BARE = "import sys; sys.modules['matplotlib'] = None; import selw2s; sys.exit(selw2s.main())"
 
 
