@@ -94,11 +94,11 @@ def test_killed_at_any_write_it_goes_on(tiny, tmp_path, unbroken, points):
 @pytest.mark.slow
 def test_killed_at_random_times_it_goes_on(tiny, tmp_path, unbroken):
     argv = [*tiny, *METHODS, "--out", str(tmp_path)]
-    for i in range(20):
+    for i in range(12):
         child = subprocess.Popen([sys.executable, "selw2s.py", *argv], cwd=ROOT, stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE)
         child.stdout.readline()                         # torch is loaded, the run begins
-        time.sleep(0.03 * i)
+        time.sleep(0.05 * i)
         child.kill()
         child.communicate()
     assert run(argv).returncode == 0
