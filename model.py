@@ -754,8 +754,9 @@ def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], 
 
 def trainable(model: Transformer, tune: str, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Canonical name -> the float32 tensor that Adam owns, whatever the model's dtype. full: a copy of every
-    weight but embedding and head; lora: A, and B = 0, beside every linear map; head: none. Of several
-    processes, the weight itself: many.shard copies a block's when it cuts it up."""
+    weight but embedding and head, which are large, often one tensor, and few of whose rows are in use; lora:
+    A, and B = 0, beside every linear map; head: none. Of several processes, the weight itself: many.shard
+    copies a block's when it cuts it up."""
     params, out, alone = model.params | model.host, {}, many.size() == 1
     for name in [name for _, names, _ in tensors(model.config) for name in names]:
         stem, _, kind = name.rpartition(".")
@@ -799,6 +800,8 @@ class Learner:
     def shard(self, offload: bool) -> None:
         """Of several processes each keeps its share of the masters, and of what Adam holds for them; a
         classifier stays whole on all."""
+        if many.size() == 1 or self.features is not None:
+            return
         network, masters = self.student.model, set(self.trained)
         for name in masters & set(network.params):  # or the whole ones would stay, beside their shares
             del self.trained[name]
@@ -810,6 +813,11 @@ class Learner:
         if self.features is not None:
             return self.student.classify(self.features[indices])
         return self.student.log_p([self.inputs[i] for i in indices])
+
+    def is_finite(self) -> bool:
+        """All weights are, of all processes."""
+        broken = sum(not many.share(x).isfinite().all() for x in self.trained.values())
+        return not many.total(torch.tensor(broken))
 
     def finished(self) -> dict[str, Tensor]:
         """A student's state: weights in the model's dtypes, LoRA's B times its scale."""
@@ -842,22 +850,20 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). Leaves model alone.
 
     student: classifier, inputs are sequences [D8], or answer, inputs are Choices [D17]. tune: full, lora (all
-    linear maps) or head (of a classifier). What answers keeps its embedding and its head as they are: both
-    are large, often one tensor, and few of their rows are in use.
-    target_fn(p, w, fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the
-    given w (B,), and the fraction of steps done; targets may then be (N, S), and w is (B, S). Micro-batches
-    hold at most batch_tokens tokens and, of one process, halve when memory runs out; gradients are always the
-    whole batch's. checkpoint: recompute activations. offload: several processes keep masters and moments in
-    the CPU's memory. progress(step, steps, loss) follows each step. TrainError for settings that do not go
-    together, a loss or weights that are not finite, and an input that does not fit into memory."""
+    linear maps) or head (of a classifier); see trainable. target_fn(p, w, fraction) -> the targets of a step,
+    from the student's own p (B,) on the whole batch, the given w (B,), and the fraction of steps done;
+    targets may then be (N, S), and w is (B, S). Micro-batches hold at most batch_tokens tokens and, of one
+    process, halve when memory runs out; gradients are always the whole batch's. checkpoint: recompute
+    activations. offload: several processes keep masters and moments in the CPU's memory. progress(step,
+    steps, loss) follows each step. TrainError for settings that do not go together, a loss or weights that
+    are not finite, and an input that does not fit into memory."""
     check_settings(student, tune, head_init)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
     steps = [indices.tolist() for order in orders for indices in order]
     learner = Learner(model, inputs, student, tune, rank, lora_alpha / rank, head_init, generator)
     learner.student.model.recompute = checkpoint
-    if many.size() > 1 and tune != "head":
-        learner.shard(offload)
+    learner.shard(offload)
     adam = torch.optim.Adam(groups(learner.trained), lr=lr, betas=(0.9, 0.999), fused=True)
     given, budget = torch.as_tensor(targets, dtype=torch.float32, device=model.device), batch_tokens
     for step, indices in enumerate(steps):
@@ -870,22 +876,23 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
             except RuntimeError as error:
                 budget = smaller(budget, [learner.sizes[i] for i in indices], error, step + 1)
                 adam.zero_grad()  # the step starts again from nothing
-        if not math.isfinite(loss):
-            if step == 0:  # nothing is learnt yet: are the model's own states to blame?
-                STUDENTS[student](model, learner.finished()).predict([inputs[i] for i in indices], budget)
-            raise TrainError(f"the loss is {loss} at step {step + 1} of {len(steps)} (learning rate {lr}): "
-                             "lower it")
+        if step == 0 and not math.isfinite(loss):  # nothing is learnt yet: are the model's states to blame?
+            STUDENTS[student](model, learner.finished()).predict([inputs[i] for i in indices], budget)
+        check_finite(math.isfinite(loss), f"the loss is {loss} at step {step + 1} of {len(steps)}", lr)
         adam.step()
         adam.zero_grad()
         if progress:
             progress(step + 1, len(steps), loss)
-    broken = sum(not many.share(x).isfinite().all() for x in learner.trained.values())
-    if many.total(torch.tensor(broken)):
-        raise TrainError(f"weights are not finite after step {len(steps)}, the last (learning rate {lr}): "
-                         "lower it")
+    check_finite(learner.is_finite(), f"weights are not finite after step {len(steps)}, the last", lr)
     state = learner.finished()
     del learner, adam, group  # what they hold is not needed beside the student
     return STUDENTS[student](model, state)
+
+
+def check_finite(finite: bool, what: str, lr: float) -> None:
+    """TrainError for what is not."""
+    if not finite:
+        raise TrainError(f"{what} (learning rate {lr}): lower it")
 
 
 def check_settings(student: str, tune: str, head_init: str) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 LOST = "selw2s: a process of this run has died (finished stages are kept: start again)"
 STOPPED = "\nselw2s: interrupted; finished stages are kept: start the same command again"
-LAUNCHED = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+LAUNCHED = (dist.is_available() and dist.is_torchelastic_launched()    # some builds of PyTorch lack it
+            and int(os.environ["WORLD_SIZE"]) > 1)
 _store = None       # torchrun's, once start() has been called
 
 

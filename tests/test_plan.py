@@ -1,6 +1,6 @@
 """--plan against what is measured: operations, memory, the stages of a run.
 
-Run: pytest tests/test_plan.py (30 s; with CI=1 a minute, and four more where the real pair lies in ./pair).
+Run: pytest tests/test_plan.py (30 s; with CI=1 three minutes, with the real pair in ./pair seven).
 
 Memory is that of a process of its own, over what it had before the model was loaded, its tokenizer left out;
 Linux alone tells it. The allocator is asked to give large pieces back at once, or the peak would tell how

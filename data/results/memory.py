@@ -143,8 +143,8 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
         made = inside(network) // devices + made * (network.device.type == "cpu")
         weights += shares * (tune != "full")
     if devices > 1:     # two blocks, the gradients of one in both dtypes; the same of the embedding's rows
-        rows = learnt - trained(c, tune)
-        cast = (learnt - rows) // c.layers * (3 * width + 4) + 12 * rows
+        blocks = trained(c, tune)
+        cast = blocks // c.layers * (3 * width + 4) + 12 * (learnt - blocks)
         learnt = 0 if offloaded else -(-learnt // devices)
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
