@@ -855,8 +855,7 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     targets may then be (N, S), and w is (B, S). Micro-batches hold at most batch_tokens tokens and, of one
     process, halve when memory runs out; gradients are always the whole batch's. checkpoint: recompute
     activations. offload: several processes keep masters and moments in the CPU's memory. progress(step,
-    steps, loss) follows each step. TrainError for settings that do not go together, a loss or weights that
-    are not finite, and an input that does not fit into memory."""
+    steps, loss) follows each step. TrainError: settings, a loss or weights not finite, no memory."""
     check_settings(student, tune, head_init)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
