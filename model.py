@@ -424,7 +424,7 @@ def spread(model: Transformer, device) -> Transformer:
 
 HEAD_ROWS = 8192  # of the vocabulary: converted to float32 at a time
 CELLS = 2 ** 25  # logits that exist at a time
-BATCH_TOKENS = 2048  # enough for a few CPU cores, few enough for their cache; a GPU wants more
+BATCH_TOKENS = dict(cpu=2048, cuda=16384)  # enough for a few CPU cores, few enough for their cache; for a GPU
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -445,12 +445,12 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
-def in_batches(model: Transformer, lengths: Sequence[int], budget: int, work: Callable[[list[int]], None],
-               progress: Callable | None = None) -> list[int]:
+def in_batches(model: Transformer, lengths: Sequence[int], budget: int | None,
+               work: Callable[[list[int]], None], progress: Callable | None = None) -> list[int]:
     """work(indices) for every batch, of several processes for this one's; all indices done. A batch that runs
     out of memory is halved (of a spread network not). TrainError when a single sequence does.
     progress(done_tokens, all_tokens) follows each batch."""
-    every = batches(lengths, budget)
+    every = batches(lengths, budget or BATCH_TOKENS[model.device.type])
     todo = every[many.rank()::many.size()]
     mine, done = [i for indices in todo for i in indices], 0
     if model.host and len(todo) < -(-len(every) // many.size()):
@@ -493,10 +493,10 @@ def finite(model: Transformer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hidden_at(model: Transformer, sequences: list[list[int]], position="last", layer: int | None = None,
-              batch_tokens: int = BATCH_TOKENS, progress: Callable | None = None) -> Tensor:
+              batch_tokens: int | None = None, progress: Callable | None = None) -> Tensor:
     """The state of one token of each sequence: its last, or token position[n] of sequence n. (N, C) in the
-    model's dtype and on its device, input order. layer: as in Transformer.packed. TrainError for states that
-    are not finite, or no memory."""
+    model's dtype and on its device, input order. layer: as in Transformer.packed; batch_tokens (None:
+    BATCH_TOKENS): of one pass. TrainError for states that are not finite, or no memory."""
     at = [len(s) - 1 for s in sequences] if position == "last" else list(position)
     out = torch.empty(len(sequences), model.config.width, dtype=model.dtype, device=model.device)
 
@@ -519,7 +519,7 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]], pick: list[int], *,
-         layers: Sequence[int | None] = (None,), batch_tokens: int = BATCH_TOKENS,
+         layers: Sequence[int | None] = (None,), batch_tokens: int | None = None,
          progress: Callable | None = None) -> Reading:
     """One forward pass over every question with its options as branches of its prompt: prompt + sum(options)
     tokens instead of a whole sequence per option. No prompt and no option is empty. [D1] TrainError for
@@ -645,7 +645,7 @@ def trained_tensors(student: "Student") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def predictions(student: "Student", inputs: list, batch_tokens: int = BATCH_TOKENS,
+def predictions(student: "Student", inputs: list, batch_tokens: int | None = None,
                 progress: Callable | None = None) -> Tensor:
     """P(y = 1), (N,) float32 on the CPU, in input order. TrainError for states that are not finite."""
     out = torch.empty(len(inputs))

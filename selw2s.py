@@ -83,6 +83,8 @@ class Config:
     gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]", metavar="X")
     student: str = flag("classifier", "a linear head, or the model's own answer: softmax of options [D17]",
                         choices=("classifier", "answer"))
+    labels: str = flag("soft", "what a student learns: probabilities, or the likelier class of each item [D20]",
+                       choices=("soft", "hard"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
     epochs: object = flag("auto", "passes over the training items; auto: 2, of a student that answers 1 [D9]",
                           metavar="N")
@@ -231,9 +233,10 @@ def parse(argv: list[str] | None = None) -> Config:
     if not config.task.startswith("demo-") and missing:
         command_line.error(f"--task {config.task} needs {' MODEL and '.join(missing)} MODEL "
                            "(only the demo tasks bring their own)")
-    if config.analysis == "cross-task" and (config.task.endswith(".jsonl") or config.route != "probe"):
-        command_line.error("--analysis cross-task needs a demo or an official task, and --route probe: tasks "
-                           "differ in their number of options")
+    if config.analysis == "cross-task" and (not config.weak and not config.task.startswith("demo-")
+                                            or config.route != "probe"):
+        command_line.error("--analysis cross-task needs --weak MODEL, which labels the other tasks, and --route "
+                           "probe: tasks differ in their number of options")
     return config
 
 
@@ -1024,13 +1027,21 @@ def labels_of(method: str, setup: Setup, prep: Prepared, known: Known, s: Select
     return related(method, setup, prep, known, s)
 
 
+def learnt(config: Config, labels: Tensor) -> Tensor:
+    """labels as a student is given them: P(y = 1), or 1 where it exceeds 1/2 and else 0; NaN stays [D20]."""
+    if config.labels == "soft":
+        return labels
+    return torch.where(labels.isnan(), labels, (labels > 0.5).float())
+
+
 def student(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected) -> Predictions:
     """7. The pretrained strong model finetuned on one label set, of D_u or, strong-on-D_l, of D_l."""
     ask = [prep.transfer.inputs, prep.test.inputs]
     if method == "strong-on-D_l":
         inputs, targets, labels = prep.labelled.inputs, prep.labelled.truth, None
     else:
-        inputs, targets = prep.transfer.inputs, many.word(labels_of(method, setup, prep, known, s))
+        inputs = prep.transfer.inputs
+        targets = many.word(learnt(setup.config, labels_of(method, setup, prep, known, s)))
         labels = targets if targets.ndim == 1 else None
     if labels is not None:
         rows = (~labels.isnan()).nonzero()[:, 0]
@@ -1072,9 +1083,15 @@ def one_seed(setup: Setup, seed: int) -> dict:
     return record(setup, prep, routers, s, done, homophily(transfer, s.chosen_alone))
 
 
-def loaded(name: str, config: Config) -> Task:
-    """A task's questions; of several processes rank 0 reads (or downloads) them."""
-    return many.word(load_task(name, data_dir=config.data_dir or None) if many.rank() == 0 else None)
+def loaded(name: str, config: Config) -> Task | str:
+    """A task's questions, or why they cannot be had; of several processes rank 0 reads (or downloads) them."""
+    out = None
+    if many.rank() == 0:
+        try:
+            out = load_task(name, data_dir=config.data_dir or None)
+        except DataError as error:
+            out = str(error)
+    return many.word(out)
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[Task, dict]:
@@ -1110,6 +1127,8 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
     """Task and models loaded, and how many questions had to be changed; load_model: --plan has its own.
     DataError for what the task's file and the flags do not give each other."""
     task, sources = loaded(config.task, config), config.weak
+    if isinstance(task, str):
+        raise DataError(task)
     if config.task in DEMO and not sources:
         sources = (str(HERE / "data/demo/weak"),)
     if not sources and not task.train[0].weak:
@@ -1364,8 +1383,8 @@ def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.
     rows, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
     if not len(others):
         return mean
-    out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows], mean[rows],
-                    [[inputs[i] for i in others]], prep.seed)
+    out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows],
+                    learnt(setup.config, mean[rows]), [[inputs[i] for i in others]], prep.seed)
     labels = left_out_but(first, mean)
     labels[others] = left_out_but((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
     return labels

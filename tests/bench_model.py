@@ -173,13 +173,14 @@ def main():
     p.add_argument("--lengths", nargs="+", default=["sciq", "cosmosqa", "24", "96"])
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--batch-tokens", type=int, default=M.BATCH_TOKENS)
+    p.add_argument("--batch-tokens", type=int)
     p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
     p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
     p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
     p.add_argument("--cpu-time", action="store_true",
                    help="count CPU seconds, for a machine that others use (one thread)")
     a = p.parse_args()
+    a.batch_tokens = a.batch_tokens or M.BATCH_TOKENS[a.device]
     clock = time.process_time if a.cpu_time else time.perf_counter
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)

@@ -605,6 +605,43 @@ def test_cross_task_keeps_no_model_of_another_task(tmp_path):
     assert folder.name.startswith("demo-sciq-weak-seed0-")
 
 
+def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_path, monkeypatch, capsys):
+    """A file's questions beside sciq and boolq; cosmosqa's files cannot be had."""
+    real = selw2s.load_task
+
+    def load_task(name, *, data_dir):
+        if name == "cosmosqa":
+            raise selw2s.DataError("train.csv is missing, no download")
+        task = real(tiny[1], data_dir=data_dir)
+        return task if name == tiny[1] else task._replace(name=name, train=task.train[:-8])
+    monkeypatch.setattr(selw2s, "load_task", load_task)
+    result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "cross-task")
+    assert list(result["analysis"]) == [f"{a} -> {b}" for a in ("task", "sciq", "boolq")
+                                        for b in ("task", "sciq", "boolq")]
+    said = capsys.readouterr().out
+    assert "data      cosmosqa is left out: train.csv is missing, no download" in said
+    assert "data      sciq: 88 train and 40 test questions" in said
+
+
+def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):
+    """--labels hard: what a student is given, what is written of it, and nothing else, changes [D20]."""
+    flags = ("--methods", "naive", "self-only", "confidence-only", "two-stage")
+    soft = go(tiny, tmp_path / "soft", *flags)
+    hard = go(tiny, tmp_path / "soft", *flags, "--labels", "hard")
+    (a, b), names = (weights(soft), weights(hard)), ("weak", "self-only", "naive", "two-stage")
+    assert [a[name] == b[name] for name in names] == [True, True, False, False]
+    by_hand = {}
+    for file in (tmp_path / "soft").glob("*/*/result.json"):
+        with np.load(file.parent / "items.npz") as arrays:
+            which = json.loads(file.read_text())["config"]["labels"]
+            by_hand[which] = {key: arrays[key] for key in arrays.files if "label" in key}
+    for key, p in by_hand["soft"].items():
+        if key.split("/")[-1] in ("naive", "self-only", "confidence-only"):
+            want = np.where(np.isnan(p), p, (p > 0.5).astype(p.dtype))
+            np.testing.assert_array_equal(by_hand["hard"][key], want, err_msg=key)
+    assert "confidence-only" in " ".join(by_hand["hard"])
+
+
 def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path, monkeypatch):
     """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""
     real = selw2s.elicit

@@ -6,6 +6,7 @@ nothing from here before a run needs it.
 """
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -49,7 +50,7 @@ def cross_task(setup, tasks: dict) -> dict:
                 used = known[a]._replace(learn=known[a].predict(prepared[b].learn),
                                          transfer=known[a].predict(prepared[b].transfer), test=None)
             metrics = student_metrics(setup, prepared[b], used)
-            out.setdefault(f"{a} -> {b}", []).append(metrics)
+            out.setdefault(f"{Path(a).stem} -> {Path(b).stem}", []).append(metrics)
     return out
 
 
@@ -178,14 +179,28 @@ ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep,
             "representation": representation}
 
 
+def others(setup, names: list[str]) -> dict:
+    """The tasks of these names, as all models can read them; one whose files cannot be had is left out, and
+    that is said."""
+    import selw2s
+    config, out, tell = setup.config, {}, setup.stages.tell
+    models = *(supervisor.model for supervisor in setup.supervisors), setup.strong
+    for name in names:
+        task = selw2s.loaded(name, config)
+        if isinstance(task, str):
+            tell(f"data      {name} is left out: {task}")
+        else:
+            out[name], _ = selw2s.fitted(task, models, config, tell)
+    return out
+
+
 def analyse(setup) -> dict:
     """One analysis over all seeds: a printed table of means, the values per seed as the result."""
     import selw2s
     config, tasks = setup.config, {setup.config.task: setup.task}
     if config.analysis == "cross-task":
-        tasks, models = {}, (*(supervisor.model for supervisor in setup.supervisors), setup.strong)
-        for name in DEMO[1:] if config.task in DEMO else OFFICIAL:
-            tasks[name], _ = selw2s.fitted(selw2s.loaded(name, config), models, config, setup.stages.tell)
+        tasks |= others(setup, [name for name in (DEMO[1:] if config.task in DEMO else OFFICIAL)
+                                if name != config.task])
     out = ANALYSES[config.analysis](setup, tasks)
     print(f"\n{analysis_table(config.analysis, out)}")
     return out

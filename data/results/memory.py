@@ -104,7 +104,8 @@ def logit_bytes(c: Config, states: int, width: int, copies: int) -> int:
 
 def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[list], layers: int) -> Memory:
     """model.read, in the blocks or at the logits; weights: bytes of both models."""
-    c, width, parts = network.config, network.dtype.itemsize, parted(choices(heads, tails), BATCH_TOKENS)
+    c, width, budget = network.config, network.dtype.itemsize, BATCH_TOKENS[network.device.type]
+    parts = parted(choices(heads, tails), budget)
     most, states = (max(sum(map(of, part)) for part in parts) for of in (size, asked))
     out = 2 * len(heads) * layers * c.width * width * (network.device.type == "cpu")    # the states it gives
     return max(Memory(weights, activations=out + pass_bytes(c, most, layers + 1, width)),
@@ -118,7 +119,8 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
     c, tune, width = network.config, settings["tune"], network.dtype.itemsize
     classifier, longest = isinstance(inputs[0], list), max(map(size, inputs))
     if tune == "head":
-        reading = pass_bytes(c, min(BATCH_TOKENS, sum(map(size, inputs))), 0, width)
+        tokens = min(BATCH_TOKENS[network.device.type], sum(map(size, inputs)))
+        reading = pass_bytes(c, tokens, 0, width)
         return Memory(weights, activations=reading + len(inputs) * c.width * width)
     rows = tune == "full" and classifier        # of the embedding: those in use are trained
     learnt = trained(c, tune) + (len(set().union(*inputs)) * c.width if rows else 0)

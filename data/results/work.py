@@ -108,7 +108,7 @@ def passed(network, inputs: list, tune: str, *, backward: bool = False, again: b
 def forward(network, inputs: list, tune: str = "full") -> int:
     """Of forward passes over inputs, with their logits."""
     return sum(passed(network, part, tune) + logits(network.config, part)
-               for part in parted(inputs, BATCH_TOKENS))
+               for part in parted(inputs, BATCH_TOKENS[network.device.type]))
 
 
 def reading(network, heads: Sequence[list], tails: Sequence[list[list]]) -> tuple[int, int]:
