@@ -403,7 +403,7 @@ class Transformer(nn.Module):
             y = F.linear(x, head)
         else:  # converted a block at a time, and again in the backward pass: never a whole head in float32
             y = torch.cat([recompute(lambda x, rows: F.linear(x, rows.float()), x, rows, use_reentrant=False)
-                           for rows in head.split(HEAD_ROWS)], -1)
+                           for rows in head.split(HEAD_ROWS[head.device.type])], -1)
         cap = self.config.logit_cap
         return y if cap is None else cap * torch.tanh(y / cap)
 
@@ -422,9 +422,10 @@ def spread(model: Transformer, device) -> Transformer:
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
-HEAD_ROWS = 8192  # of the vocabulary: converted to float32 at a time
-CELLS = 2 ** 25  # logits that exist at a time
-BATCH_TOKENS = dict(cpu=2048, cuda=16384)  # enough for a few CPU cores, few enough for their cache; for a GPU
+# by kind of device: few enough for the caches of a few cores; many enough that a GPU does not wait for calls
+HEAD_ROWS = dict(cpu=2 ** 13, cuda=2 ** 15)  # of the vocabulary: converted to float32 at a time
+CELLS = dict(cpu=2 ** 25, cuda=2 ** 27)  # logits that exist at a time
+BATCH_TOKENS = dict(cpu=2 ** 11, cuda=2 ** 14)  # of a pass without gradients
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -591,7 +592,7 @@ def log_likelihood(model: Transformer, x: Tensor, before: list[int], target: Ten
     most `cells` logits (CELLS) exist at a time, also in the backward pass, which computes them again; and
     each state gets its own once: the end of a prompt serves all options."""
     where, back = torch.unique(torch.tensor(before, device=x.device), return_inverse=True)
-    step, pieces, places = max(1, (cells or CELLS) // model.config.vocab), [], []
+    step, pieces, places = max(1, (cells or CELLS[x.device.type]) // model.config.vocab), [], []
     for a in range(0, len(where), step):
         mine = ((back >= a) & (back < a + step)).nonzero()[:, 0]
         pieces.append(recompute(token_loglik, model, x[where[a:a + step]], back[mine] - a, target[mine],

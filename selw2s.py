@@ -83,7 +83,7 @@ class Config:
     gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]", metavar="X")
     student: str = flag("classifier", "a linear head, or the model's own answer: softmax of options [D17]",
                         choices=("classifier", "answer"))
-    labels: str = flag("soft", "what a student learns: probabilities, or the likelier class of each item [D20]",
+    labels: str = flag("soft", "what a student learns: P(y = 1), or the likelier class [D20]",
                        choices=("soft", "hard"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
     epochs: object = flag("auto", "passes over the training items; auto: 2, of a student that answers 1 [D9]",
@@ -235,8 +235,8 @@ def parse(argv: list[str] | None = None) -> Config:
                            "(only the demo tasks bring their own)")
     if config.analysis == "cross-task" and (not config.weak and not config.task.startswith("demo-")
                                             or config.route != "probe"):
-        command_line.error("--analysis cross-task needs --weak MODEL, which labels the other tasks, and --route "
-                           "probe: tasks differ in their number of options")
+        command_line.error("--analysis cross-task needs --weak MODEL, which labels the other tasks, and "
+                           "--route probe: tasks differ in their number of options")
     return config
 
 
@@ -1084,7 +1084,7 @@ def one_seed(setup: Setup, seed: int) -> dict:
 
 
 def loaded(name: str, config: Config) -> Task | str:
-    """A task's questions, or why they cannot be had; of several processes rank 0 reads (or downloads) them."""
+    """A task's questions, or why they cannot be had; of several processes rank 0 reads (downloads) them."""
     out = None
     if many.rank() == 0:
         try:

@@ -1,16 +1,17 @@
-"""Learning rate and passes of a student, by cross-validation on D_l, never on test [D9].
+"""Learning rate, passes, hard or soft labels of a student, by a fold of D_l, never by test [D9, D20].
 
     python tests/bench_finetune.py --task sciq --weak pair/smollm2-135m --strong pair/gemma-3-270m \
         --limit 3000 --student answer
 
 The flags are selw2s.py's. A student trains on all folds of D_l but the first and is asked for that one: with
-the labels that a run's students get (cross-fitted weak, routed) and with truth. What a run with the same
-flags and --out has in its cache is not done again. A JSON line per student; data/results/finetune.json keeps
+the labels that a run's students get (cross-fitted weak, routed; soft and hard) and with truth. What a run
+with the same flags and --out has in its cache is not done again. A JSON line per student; data/results/finetune.json keeps
 some.
 """
 import json
 import shlex
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import selw2s as s
 from data.cache import Stages
 from data.results.metrics import accuracy, brier
 
-FACTORS, PASSES, FOLD = (1.0, 0.5, 2.0), (1, 2), 0      # of --lr auto; over the training items; held out
+GRID = (1.0, 1), (1.0, 2), (0.5, 1), (2.0, 1)   # part of --lr auto, passes over the training items
+FOLD = 0                                        # held out
 
 
 def measure(setup, seed: int):
@@ -33,14 +35,16 @@ def measure(setup, seed: int):
     p_ik = s.know(setup.config, prep, setup.config.route).learn
     _, tau, _ = s.thresholds(setup.config, prep, p_ik)
     routed, _ = s.route(p_ik, learn.own, learn.weak, tau)
-    labels = {"routed": routed, "weak": learn.weak, "truth": learn.truth}
+    hard = replace(setup.config, labels="hard")
+    labels = {"routed": routed, "routed, hard": s.learnt(hard, routed), "weak": learn.weak,
+              "weak, hard": s.learnt(hard, learn.weak), "truth": learn.truth}
     about = {"task": setup.task.name, "seed": seed, "trained": len(inputs), "held": len(asked),
              "student": setup.config.student, "tune": setup.config.tune}
 
     def scores(p):
         return {"accuracy": accuracy(p, truth), "brier": brier(p, truth), **about}
     yield {"labels": "untouched", **scores(learn.zero_shot[held])}
-    for name, factor, epochs in product(labels, FACTORS, PASSES):
+    for name, (factor, epochs) in product(labels, GRID):
         tried = setup._replace(strong=start._replace(lr=factor * start.lr, epochs=epochs))
         targets = labels[name][rows]
         out = s.finetuned(f"{name} {factor} {epochs}", tried, tried.strong, inputs, targets, [asked], seed)

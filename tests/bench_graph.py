@@ -6,6 +6,7 @@
                                                   # a call and slow who runs next; scipy itself gains by it
     python tests/bench_graph.py growth            # N = 10k ... 80k: data/results/graph_growth.json and .svg
     python tests/bench_graph.py memory            # peak memory of the self-join of N = 200,000, d = 64
+    python tests/bench_graph.py gpu               # beside plain torch on the same GPU, in float32
 
 Runs alternate, ours then theirs; a line gives the median seconds of each, then the median of the ratios of
 the pairs, ours / theirs, and their range. With --threads 1 the clock is the processor's, which other programs
@@ -134,6 +135,34 @@ def spreading(repeats):
     compare("graph + propagate 20000 x 64 / LabelSpreading, rbf", ours, lambda: theirs("rbf"), 1)
 
 
+def gpu(repeats):
+    """knn beside the product of all pairs and topk, a tile at a time; propagate on sparse S, by columns."""
+    print(torch.cuda.get_device_name(), torch.__version__)
+
+    def waited(f):
+        def g():
+            f()
+            torch.cuda.synchronize()
+        return g
+    for n, d in ((20_000, 768), (50_000, 256), (200_000, 256)):
+        x = gaussian(n, d).cuda()
+        unit = torch.nn.functional.normalize(x)
+
+        def theirs():
+            return torch.cat([(part @ unit.T).topk(K + 1).indices[:, 1:] for part in unit.split(8192)])
+        agree = (graph.knn(x, K)[0] == theirs()).double().mean()
+        for tile in (torch.float32, torch.bfloat16):
+            name = str(tile).removeprefix("torch.")
+            compare(f"knn {n} x {d}, {name} tiles / torch.mm + topk ({agree:.4%} same)",
+                    waited(lambda: graph.knn(x, K, tile=tile)), waited(theirs), repeats)
+    found = graph.knn(gaussian(100_000, 8).cuda(), K)
+    S, Y = graph.normalise(graph.affinity(*found)), torch.rand(100_000, 2, device="cuda")
+    for alpha in (0.9, 0.99):
+        seconds = [timed(waited(lambda: graph.propagate(S, Y, alpha))) for _ in range(repeats + 1)][1:]
+        print(f"propagate 100000, alpha {alpha}: {statistics.median(seconds):.3f} s, "
+              f"{graph.propagate(S, Y, alpha).iterations} iterations", flush=True)
+
+
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # MB
 
@@ -205,7 +234,7 @@ def draw(head, path):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    known = {f.__name__: f for f in (knn, baselines, propagate, spreading, growth, memory)}
+    known = {f.__name__: f for f in (knn, baselines, propagate, spreading, growth, memory, gpu)}
     parser.add_argument("what", nargs="*", metavar="WHAT", help=", ".join(known))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)

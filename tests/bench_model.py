@@ -149,8 +149,10 @@ def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs, limit):
 def both(shape: str, a):
     """model.py's and transformers' model of one shape, same weights."""
     if shape not in SHAPES:
-        ours, _ = M.load(shape, device=a.device, dtype=getattr(torch, a.dtype))
-        return ours, transformers.AutoModelForCausalLM.from_pretrained(shape, attn_implementation="sdpa")
+        dtype = getattr(torch, a.dtype)
+        ours, _ = M.load(shape, device=a.device, dtype=dtype)
+        return ours, transformers.AutoModelForCausalLM.from_pretrained(shape, dtype=dtype,
+                                                                       attn_implementation="sdpa")
     kind, numbers = SHAPES[shape]
     config = transformers.AutoConfig.for_model(kind, **numbers)
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
@@ -196,7 +198,8 @@ def main():
                          for n in lengths(length, a.items)]
             targets = torch.rand(a.items, generator=g)
             theirs.net.load_state_dict(start)
-            error = (M.hidden_at(ours, sequences[:64]) - theirs.hidden(sequences[:64])).float().abs().max()
+            mine, its = M.hidden_at(ours, sequences[:64]).float(), theirs.hidden(sequences[:64]).float()
+            error = (mine - its).abs().max() / its.abs().max()
             assert error < (1e-4 if a.dtype == "float32" else 0.1), error
             padded = sum(32 * max(map(len, sequences[i:i + 32])) for i in range(0, a.items, 32))
             print(f"{shape} {length}: {a.items} items, "

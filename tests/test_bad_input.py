@@ -434,8 +434,8 @@ FLAGS = {
     "unknown method": (r"--methods: invalid choice: 'best'", lambda b: b.flag("--methods", "best")),
     "unknown dtype": (r"--dtype: invalid choice: 'int8'", lambda b: b.flag("--dtype", "int8")),
     "unknown analysis": (r"--analysis: invalid choice: 'x'", lambda b: b.flag("--analysis", "x")),
-    "analysis that needs the probe": (r"cross-task needs --weak MODEL, .* and --route probe", lambda b: b.flag(
-        "--analysis", "cross-task", "--route", "belief")),
+    "analysis that needs the probe": (r"cross-task needs --weak MODEL, .* and --route probe",
+                                      lambda b: b.flag("--analysis", "cross-task", "--route", "belief")),
     **{f"--{name}={value}": (rf"--{name}\b", lambda b, flag=f"--{name}={value}": b.flag(flag))
        for name, values in NUMBERS.items() for value in values.split()},
     "seeds that repeat": (r"--seeds", lambda b: b.flag("--seeds", "0", "1", "0")),

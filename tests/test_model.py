@@ -629,7 +629,7 @@ def test_the_head_s_product_is_float32_whatever_the_dtype(reference, monkeypatch
     """Against float64 on the same rounded numbers; in blocks; its gradient too."""
     for variant in ("gpt2", "gpt2-erf", "gemma2"):
         net, _ = M.load(reference(variant)[0], dtype=torch.bfloat16)
-        monkeypatch.setattr(M, "HEAD_ROWS", 13)
+        monkeypatch.setitem(M.HEAD_ROWS, "cpu", 13)
         hidden = net.packed(TOKENS[0], [43])[0].requires_grad_()
         head = net.params.get("head.weight", net.params["embed.weight"])
         want = hidden.double() @ head.double().T
@@ -720,7 +720,7 @@ def test_gradients_of_what_answers_are_a_plain_loop_s(variant, tune, reference, 
     train = ANSWER | dict(epochs=1, batch=11, tune=tune)
     for case in (dict(), dict(batch_tokens=30), dict(batch_tokens=1), dict(checkpoint=True)):
         M.finetune(net, **train, **case)
-    monkeypatch.setattr(M, "CELLS", 101)
+    monkeypatch.setitem(M.CELLS, "cpu", 101)
     M.finetune(net, **train)
     g = torch.Generator().manual_seed(4)
     torch.randperm(11, generator=g)

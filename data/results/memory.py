@@ -92,12 +92,13 @@ def pass_bytes(c: Config, tokens: int, states: int, width: int) -> int:
     return tokens * (rope_table(c) + width * ((3 + states) * c.width + parts))
 
 
-def logit_bytes(c: Config, states: int, width: int, copies: int) -> int:
+def logit_bytes(network, states: int, copies: int) -> int:
     """Logits of that many states, CELLS at a time."""
     if not states:
         return 0
-    cells = min(states * c.vocab, max(CELLS, c.vocab))
-    return 4 * cells * (copies + (width < 4)) + 4 * min(HEAD_ROWS, c.vocab) * c.width * (width < 4)
+    c, kind, cast = network.config, network.device.type, network.dtype.itemsize < 4
+    cells = min(states * c.vocab, max(CELLS[kind], c.vocab))
+    return 4 * cells * (copies + cast) + 4 * min(HEAD_ROWS[kind], c.vocab) * c.width * cast
 
 
 # ---- of a stage: the moment that takes most --------------------------------------------------------------
@@ -110,7 +111,7 @@ def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[lis
     out = 2 * len(heads) * layers * c.width * width * (network.device.type == "cpu")    # the states it gives
     return max(Memory(weights, activations=out + pass_bytes(c, most, layers + 1, width)),
                Memory(weights, activations=out + most * (layers + 1) * c.width * width,
-                      logits=logit_bytes(c, states, width, 2)), key=Memory.peak)
+                      logits=logit_bytes(network, states, 2)), key=Memory.peak)
 
 
 def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: int = 1,
@@ -151,7 +152,7 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
     moments = [masters._replace(gradients=earlier, activations=tokens * kept + cast,
-                                logits=logit_bytes(c, sum(map(asked, part)), width, 4)),
+                                logits=logit_bytes(network, sum(map(asked, part)), 4)),
                masters._replace(gradients=earlier, activations=tokens * backward + cast),
                masters._replace(gradients=4 * learnt, activations=tokens * under_way),
                masters._replace(weights=masters.weights + made)]
