@@ -55,6 +55,7 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
     folder = find(str(source))
     try:
         check_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan for every new shape, for seconds
         raw = read_json(folder / "config.json")
         config = configure(raw)
         params, ignored = read_params(config, tensor_files(folder), device, dtype)

@@ -1175,7 +1175,8 @@ def run(config: Config) -> dict:
         raise DataError(f"--out {config.out}: {error.strerror}; choose another folder") from None
     if config.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)    # with warn_only attention would not be
+        torch.utils.deterministic.fill_uninitialized_memory = False
     check_device(config.device)
     if many.LAUNCHED and config.device.startswith("cuda:"):
         raise DataError(f"--device {config.device}: several processes take --device cuda, a GPU each")

@@ -25,11 +25,13 @@ def texts(n: int, seed: int, vocab: int, longest: int = 40):
     return [torch.randint(0, vocab, (int(size),), generator=g).tolist() for size in sizes]
 
 
-def close(got, want, off=1e-4):
-    torch.testing.assert_close(got.float().cpu(), want.float(), rtol=off, atol=off)
+def close(got, want, off):
+    """off: of the largest."""
+    got, want = got.float().cpu(), want.float()
+    assert (got - want).abs().max() <= off * want.abs().max()
 
 
-@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_states_and_reading(dtype, off):
     cpu, cuda = both(dtype)
     vocab, width = cpu.config.vocab, cpu.config.width
@@ -39,7 +41,7 @@ def test_states_and_reading(dtype, off):
     got, want = (M.read(m, prompts, options, [1] * 30, layers=(2, None)) for m in (cuda, cpu))
     assert got.prompt_state.shape == (30, 2, width)
     for name in ("loglik", "prompt_state", "item_state"):
-        close(getattr(got, name), getattr(want, name), off * (30 if name == "loglik" else 1))
+        close(getattr(got, name), getattr(want, name), off)
 
 
 @pytest.mark.parametrize("student, tune, checkpoint", [
