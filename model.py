@@ -15,32 +15,29 @@ Transformer.packed.
 Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension,
 I inner width of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.
 
-Order: loading (data/checkpoint.py does it); the network, from the packing of a batch to Transformer; reading
-with it; finetuning it. Parameters have one set of names for all families: embed pos norm head,
-layers.{i}.{norm1 q k v q_norm k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias;
+Order: loading (by data/architecture.py and data/checkpoint.py); the network, from the packing of a batch to
+Transformer; reading with it; finetuning it. Parameters have one set of names for all families: embed pos norm
+head, layers.{i}.{norm1 q k v q_norm k_norm o post1 norm2 gate up down post2}, each .weight and perhaps .bias;
 matrices (out, in), gains as they multiply. A part that a checkpoint lacks has no tensor, and the network
 passes it by.
 """
 import itertools
-import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import data.many as many
-from data.checkpoint import (ACTIVATIONS, Config, check_device, configure, export, find, is_norm,
-                             read_params, summary, tensor_files, tensors)
+from data.architecture import ACTIVATIONS, Config, configure, tensors
+from data.checkpoint import check_device, find, is_norm, read_params, save, summary, tensor_files
 from data.families import FAMILIES
-from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, padding, read_json
+from data.tokens import LoadError, Tokenizer, read_json
 
 
 class TrainError(ValueError):
@@ -684,15 +681,8 @@ class Classifier:
     state, predict = trained_tensors, predictions
 
     def save(self, folder: str) -> None:
-        """Hugging Face layout, LoRA merged: loads as AutoModelForSequenceClassification where the family has
-        one. FileExistsError for the pretrained model's own folder and for one with a sharded model."""
-        files = export(self.model.config, merged(self.model))
-        files["score.weight"] = self._state["classifier.weight"].detach().cpu()
-        stale = "architectures", "auto_map", "num_labels", "label2id"
-        raw = {key: value for key, value in self.model.raw.items() if key not in stale}
-        pad = padding(self.model.folder, self.model.config.family, raw, self.model.config.vocab)
-        said = dict(id2label={"0": "no", "1": "yes"}, pad_token_id=pad)
-        save_checkpoint(self.model, Path(folder), files, raw | said)
+        """See data.checkpoint.save: with the classifier's head."""
+        save(self.model, Path(folder), self._state["classifier.weight"])
 
 
 class Answerer:
@@ -721,37 +711,12 @@ class Answerer:
     state, predict = trained_tensors, predictions
 
     def save(self, folder: str) -> None:
-        """Hugging Face layout, LoRA merged, with its head: loads as AutoModelForCausalLM, and as a checkpoint
-        here. FileExistsError as for a Classifier."""
-        files = export(self.model.config, merged(self.model), head=True)
-        save_checkpoint(self.model, Path(folder), files, self.model.raw)
+        """See data.checkpoint.save: with the language model's head."""
+        save(self.model, Path(folder))
 
 
 Student = Classifier | Answerer
 STUDENTS = dict(classifier=Classifier, answer=Answerer)
-
-
-def merged(model: Transformer) -> dict[str, Tensor]:
-    """The parameters, LoRA added to the matrices that it stands beside."""
-    params = model.params
-    for stem in [name.removesuffix(".lora_a") for name in params if name.endswith(".lora_a")]:
-        delta = params[stem + ".lora_b"].float() @ params[stem + ".lora_a"].float()  # (O, C)
-        params[stem + ".weight"] = (params[stem + ".weight"].float() + delta).to(model.dtype)
-    return params
-
-
-def save_checkpoint(model: Transformer, folder: Path, files: dict[str, Tensor], raw: dict) -> None:
-    """Writes model.safetensors, config.json with the model's dtype, and its tokenizer."""
-    if folder.resolve() == model.folder.resolve() or any(folder.glob("*.index.json")):
-        raise FileExistsError(f"{folder}: holds another model")
-    named = {key: value for key, value in raw.items() if key != "torch_dtype"}
-    named["dtype"] = str(model.dtype).removeprefix("torch.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(files, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(named, indent=1))
-    for name in TOKENIZER_FILES:
-        if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
 
 
 def trainable(model: Transformer, tune: str, rank: int, generator: torch.Generator) -> dict[str, Tensor]:

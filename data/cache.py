@@ -24,7 +24,8 @@ import data.many as many
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = [ROOT / name for name in (    # all stages run it
-    "model.py", "data/many.py", "data/checkpoint.py", "data/families.py", "data/tokens.py")]
+    "model.py", "data/many.py", "data/architecture.py", "data/checkpoint.py", "data/families.py",
+    "data/tokens.py")]
 
 
 def digest(*parts) -> str:

@@ -5,8 +5,8 @@
 
 The flags are selw2s.py's. A student trains on all folds of D_l but the first and is asked for that one: with
 the labels that a run's students get (cross-fitted weak, routed; soft and hard) and with truth. What a run
-with the same flags and --out has in its cache is not done again. A JSON line per student; data/results/finetune.json keeps
-some.
+with the same flags and --out has in its cache is not done again. A JSON line per student;
+data/results/finetune.json keeps some.
 """
 import json
 import shlex
@@ -44,7 +44,7 @@ def measure(setup, seed: int):
     def scores(p):
         return {"accuracy": accuracy(p, truth), "brier": brier(p, truth), **about}
     yield {"labels": "untouched", **scores(learn.zero_shot[held])}
-    for name, (factor, epochs) in product(labels, GRID):
+    for (factor, epochs), name in product(GRID, labels):
         tried = setup._replace(strong=start._replace(lr=factor * start.lr, epochs=epochs))
         targets = labels[name][rows]
         out = s.finetuned(f"{name} {factor} {epochs}", tried, tried.strong, inputs, targets, [asked], seed)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model
-from data import Question, checkpoint, completion, official, prompt
+from data import Question, architecture, checkpoint, completion, official, prompt
 from data.world import RELATIONS, SEED, Person, boolq, call, capital, cosmosqa, people, sciq, wrong_values
 
 
@@ -128,8 +128,8 @@ def untrained(vocab: int, width: int, layers: int, seed: int) -> tuple[dict, mod
                intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=4,
                hidden_act="silu", max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=10000.0,
                tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, torch_dtype="float16")
-    config, generator, params = checkpoint.configure(raw), torch.Generator().manual_seed(seed), {}
-    for _, (name,), (shape,) in checkpoint.tensors(config):
+    config, generator, params = architecture.configure(raw), torch.Generator().manual_seed(seed), {}
+    for _, (name,), (shape,) in architecture.tensors(config):
         std = 0.05 if name == "embed.weight" else shape[-1] ** -0.5
         params[name] = torch.randn(shape, generator=generator) * std if len(shape) == 2 else torch.ones(shape)
     return raw, model.Transformer(config, params)

@@ -78,6 +78,7 @@ sys.path.insert(0, str(HERE.parent))
 import graph  # noqa: E402
 import model as M  # noqa: E402
 import selw2s  # noqa: E402
+from data import architecture as A  # noqa: E402
 from data import checkpoint as C  # noqa: E402
 from data.results import metrics as measures  # noqa: E402
 
@@ -106,8 +107,8 @@ def tensor(x):
 
 def checkpoint(config, rng):
     """The tensors of model.safetensors, shaken: matrices N(0, 1 / fan in), gains and biases off 1 and 0."""
-    row, out = C.FAMILIES[config.family], {}
-    for source, names, shapes in C.tensors(config):
+    row, out = A.FAMILIES[config.family], {}
+    for source, names, shapes in A.tensors(config):
         x = tensor(rng.randn(sum(shape[0] for shape in shapes), *shapes[0][1:]))
         if x.ndim == 1:
             x = 0.3 * x + float(source.endswith("weight") and not row.get("plus_one"))
@@ -122,7 +123,7 @@ def checkpoint(config, rng):
 
 def family(raw, rng):
     """A family's file: checkpoint, input, and everything from the embeddings to the classifier's gradient."""
-    config = C.configure(raw)
+    config = A.configure(raw)
     weights = checkpoint(config, rng)
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, Path(folder) / "model.safetensors")
@@ -137,7 +138,7 @@ def family(raw, rng):
     loss.backward()
     _, b, c = (part.tolist() for part in tokens.split(LENGTHS))
     reading = M.read(net, [c[:15]], [[c[15:], b[:4]]], [-1])
-    row, gradients = C.FAMILIES[config.family], {name: x.grad for name, x in net.params.items()}
+    row, gradients = A.FAMILIES[config.family], {name: x.grad for name, x in net.params.items()}
     gradients = C.export(config, gradients | {"head.weight": params["embed.weight"]})   # its own is None
     embed = row["prefix"] + row["names"]["embed"] + ".weight"
     query = QUERY.get(config.family, "model.layers.0.self_attn.q_proj.weight")

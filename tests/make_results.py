@@ -54,6 +54,8 @@ REAL = {            # the same for the real pair; a run that was not made is "no
                         ("result.json", "items.npz", *FIGURES)),
     "sciq-answer": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER),
                     ("result.json", "items.npz", *FIGURES)),
+    "sciq-answer-hard": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER, "--labels", "hard"),
+                         ("result.json", "items.npz", *FIGURES)),
     "sciq-supervisors": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", *RECIPES, *ANSWER,
                           "--weak-seeds", "3"), ("result.json", "main.svg")),
     "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),

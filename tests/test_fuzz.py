@@ -37,10 +37,11 @@ def checkpoint(family: str) -> dict[str, bytes]:
     import torch
     from safetensors.torch import save
 
+    from data import architecture as A
     from data import checkpoint as C
-    row = C.FAMILIES[family]
-    raw = {"model_type": family} | {C.keys_of(row, f)[0]: x for f, x in SMALL.items()
-                                   if f in row["numbers"] and C.keys_of(row, f)}
+    row = A.FAMILIES[family]
+    raw = {"model_type": family} | {A.keys_of(row, f)[0]: x for f, x in SMALL.items()
+                                   if f in row["numbers"] and A.keys_of(row, f)}
     if family == "qwen":
         raw |= {"seq_length": 64, "vocab_size": 512}
     if family == "gpt_neo":
@@ -49,7 +50,7 @@ def checkpoint(family: str) -> dict[str, bytes]:
         raw["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     files, state = {"config.json": json.dumps(raw).encode()}, {}
-    for source, _, shapes in C.tensors(C.configure(raw)):
+    for source, _, shapes in A.tensors(A.configure(raw)):
         x = torch.randn(sum(shape[0] for shape in shapes), *shapes[0][1:]) / 4
         state[row["prefix"] + source] = (x.t() if C.turned(row, source, x) else x).contiguous()
     files["model.safetensors"] = save(state, {"format": "pt"})
@@ -323,8 +324,8 @@ VALUES = [True, False, None, 0, 1, 2, 4, 8, 64, 300, 0.5, 1.0, 1e-5, 1e4, "silu"
 
 
 def known_keys(family: str) -> list[str]:
-    from data import checkpoint as C
-    return sorted(C.known_keys(C.FAMILIES[family]))
+    from data import architecture as A
+    return sorted(A.known_keys(A.FAMILIES[family]))
 
 
 def damage(rng: random.Random, kind: str, base: dict) -> tuple[dict[str, bytes], str]:

@@ -22,7 +22,7 @@ from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
 import model as M
-from data import checkpoint as C
+from data import architecture as A
 from data.families import INERT_KEYS
 
 transformers = pytest.importorskip("transformers")
@@ -53,11 +53,11 @@ def test_real_config(name):
     raw = json.loads(shared("hub", name, "config.json").read_text())
     if name in REFUSED:
         with pytest.raises(M.LoadError, match=REFUSED[name]):
-            C.configure(raw)
+            A.configure(raw)
         return
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
-    count = sum(torch.Size(shape).numel() for _, _, shapes in C.tensors(C.configure(raw)) for shape in shapes)
+    count = sum(torch.Size(shape).numel() for _, _, shapes in A.tensors(A.configure(raw)) for shape in shapes)
     assert count == sum(p.numel() for p in theirs.parameters())
 
 
@@ -65,8 +65,8 @@ def test_real_index():
     raw = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded", "config.json").read_text())
     index = json.loads(shared("hub", "meta-llama__Llama-3.2-3B_resharded",
                               "model.safetensors.index.json").read_text())
-    prefix = C.FAMILIES["llama"]["prefix"]
-    assert {prefix + source for source, _, _ in C.tensors(C.configure(raw))} == set(index["weight_map"])
+    prefix = A.FAMILIES["llama"]["prefix"]
+    assert {prefix + source for source, _, _ in A.tensors(A.configure(raw))} == set(index["weight_map"])
 
 
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -202,7 +202,7 @@ def test_refused_settings_of_other_families():
                           (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
                            "with .'partial_rotary_factor'. is not supported")]:
         with pytest.raises(M.LoadError, match=message):
-            C.configure(base | keys)
+            A.configure(base | keys)
 
 
 # ---- keys of config.json -----------------------------------------------------------------------------------
@@ -238,10 +238,10 @@ def keys_that_transformers_knows(family):
     return keys | transformers.GenerationConfig._get_default_generation_params().keys()
 
 
-@pytest.mark.parametrize("family", [family for family in C.FAMILIES if family != "qwen"])
+@pytest.mark.parametrize("family", [family for family in A.FAMILIES if family != "qwen"])
 def test_every_key_that_transformers_knows_is_read_inert_or_refused(family):
     """And the row names no other key."""
-    mine, theirs = C.known_keys(C.FAMILIES[family]), keys_that_transformers_knows(family)
+    mine, theirs = A.known_keys(A.FAMILIES[family]), keys_that_transformers_knows(family)
     assert len(theirs) > 60
     assert not {key for key in theirs - mine if not INERT_KEYS.fullmatch(key)}
     elsewhere = {"attention_layers", "_sliding_window_pattern",  # written by transformers itself
@@ -266,14 +266,14 @@ def alike(raw, folder):
 
 def shrunk(raw):
     """The same configuration in small."""
-    row = C.FAMILIES[raw["model_type"]]
-    numbers = C.read_numbers(raw, row)
+    row = A.FAMILIES[raw["model_type"]]
+    numbers = A.read_numbers(raw, row)
     kv_heads = numbers.get("kv_heads")
     small = dict(vocab=101, width=48, layers=3, heads=6, kv_heads=6 if kv_heads == numbers["heads"] else 2,
                  head_dim=16, inner=56, context=64, slide_from=1)
     out = dict(raw)
     for field, value in small.items():
-        for key in C.keys_of(row, field) if field in row["numbers"] else ():
+        for key in A.keys_of(row, field) if field in row["numbers"] else ():
             if raw.get(key) is not None:
                 out[key] = value
     if "layer_types" in raw:
@@ -287,10 +287,10 @@ def test_real_configurations_in_small(name, tmp_path, capsys):
     raw = shrunk(json.loads(shared("hub", name, "config.json").read_text()))
     full = raw | ISSUE_KEYS | DROPPED_KEYS
     alike(full, tmp_path)
-    assert C.configure(full) == C.configure(raw)
-    named = C.unread_keys(full)
-    unknown = ISSUE_KEYS.keys() - C.known_keys(C.FAMILIES[raw["model_type"]])
-    assert set(named) == unknown | set(C.unread_keys(raw)) and len(unknown) >= len(ISSUE_KEYS) - 1
+    assert A.configure(full) == A.configure(raw)
+    named = A.unread_keys(full)
+    unknown = ISSUE_KEYS.keys() - A.known_keys(A.FAMILIES[raw["model_type"]])
+    assert set(named) == unknown | set(A.unread_keys(raw)) and len(unknown) >= len(ISSUE_KEYS) - 1
     assert "ignored: " + ", ".join(named)[:300] in capsys.readouterr().out
 
 
@@ -305,9 +305,9 @@ FOREIGN = dict(  # keys of some families, with values that would change every ot
     attention_types=[[["local"], 3]], scale_attn_weights=False, do_layer_norm_before=False)
 
 
-@pytest.mark.parametrize("family", [family for family in C.FAMILIES if family != "qwen"])
+@pytest.mark.parametrize("family", [family for family in A.FAMILIES if family != "qwen"])
 def test_keys_of_other_families_change_nothing(family, tmp_path, capsys):
-    mine = C.known_keys(C.FAMILIES[family])
+    mine = A.known_keys(A.FAMILIES[family])
     foreign = {key: value for key, value in FOREIGN.items() if key not in mine}
     alike(dict(model_type=family) | VARIANTS[family][1] | foreign, tmp_path)
     assert len(foreign) > 15 and f"ignored: {', '.join(foreign):.300}" in capsys.readouterr().out
@@ -335,18 +335,18 @@ def test_keys_that_are_honoured(variant, keys, tmp_path):
     ("opt", "layer_norm_elementwise_affine", False), ("gemma", "use_bidirectional_attention", True),
     ("gemma3_text", "use_bidirectional_attention", True), ("gemma3_text", "attn_logit_softcapping", 50.0),
     ("qwen", "no_bias", False), ("qwen", "use_cache_quantization", True),
-    *((family, "is_causal", False) for family in C.FAMILIES),
+    *((family, "is_causal", False) for family in A.FAMILIES),
     ("llama", "per_layer_config", {"1": {"rms_norm_eps": 0.5}}),
     ("llama", "transformers_weights", "other.safetensors")])
 def test_values_that_would_change_the_result_are_refused(family, key, value):
     with pytest.raises(M.LoadError, match=f"{key} = .* is not supported, only "):
-        C.configure({"model_type": family, key: value})
+        A.configure({"model_type": family, key: value})
 
 
 @pytest.mark.parametrize("scaling", ["yarn", "longrope", "su", "mrope"])
 def test_rope_scalings_that_we_lack_are_refused(scaling):
     with pytest.raises(M.LoadError, match=f"RoPE scaling '{scaling}'"):
-        C.configure(dict(model_type="phi3", rope_scaling=dict(type=scaling, factor=4.0)))
+        A.configure(dict(model_type="phi3", rope_scaling=dict(type=scaling, factor=4.0)))
 
 
 def test_biases_that_no_key_announces_decide(reference, tmp_path):
@@ -438,7 +438,7 @@ def test_a_tied_model_saved_under_the_name_of_its_head(variant, reference, tmp_p
     """safetensors' save_model keeps one name of two, not always the embedding's."""
     folder = reference(variant)[0]
     shutil.copytree(folder, tmp_path / "tied")
-    row = C.FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
+    row = A.FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
     embed = f"{row['prefix']}{row['names']['embed']}.weight"
     tensors(lambda s: s.update({"lm_head.weight": s.pop(embed)}))(tmp_path / "tied")
     assert same(M.load(tmp_path / "tied")[0], M.load(folder)[0])
@@ -515,22 +515,22 @@ def test_a_saved_classifier_names_its_padding(keys, tokenizer, pad, tiny, tmp_pa
 
 
 def test_absent_keys_take_the_family_default():
-    config = C.configure(dict(model_type="gpt_neox"))
+    config = A.configure(dict(model_type="gpt_neox"))
     assert config.parallel and config.rope[1] == 24 and config.heads == 64  # 0.25 of 96
-    assert C.configure(dict(model_type="mistral")).windows == (4096,) * 32
-    assert C.configure(dict(model_type="mistral", sliding_window=None)).windows == (None,) * 32
-    assert C.configure(dict(model_type="qwen2", sliding_window=32768)).windows == (None,) * 32
-    assert C.configure(dict(model_type="gemma", hidden_act="gelu")).act == "gelu_pytorch_tanh"
-    assert C.configure(dict(model_type="gemma3_text")).windows[:7] == (4096,) * 5 + (None, 4096)
-    assert C.configure(dict(model_type="gpt_neo")).windows[:4] == (None, 256, None, 256)
+    assert A.configure(dict(model_type="mistral")).windows == (4096,) * 32
+    assert A.configure(dict(model_type="mistral", sliding_window=None)).windows == (None,) * 32
+    assert A.configure(dict(model_type="qwen2", sliding_window=32768)).windows == (None,) * 32
+    assert A.configure(dict(model_type="gemma", hidden_act="gelu")).act == "gelu_pytorch_tanh"
+    assert A.configure(dict(model_type="gemma3_text")).windows[:7] == (4096,) * 5 + (None, 4096)
+    assert A.configure(dict(model_type="gpt_neo")).windows[:4] == (None, 256, None, 256)
 
 
-@pytest.mark.parametrize("family", [family for family in C.FAMILIES if family != "qwen"])
+@pytest.mark.parametrize("family", [family for family in A.FAMILIES if family != "qwen"])
 def test_every_default_is_transformers_own(family):
     import transformers
     theirs, compared = transformers.AutoConfig.for_model(family), 0
-    for field, mine in C.FAMILIES[family]["numbers"].items():
-        keys = C.keys_of(C.FAMILIES[family], field)
+    for field, mine in A.FAMILIES[family]["numbers"].items():
+        keys = A.keys_of(A.FAMILIES[family], field)
         given = [getattr(theirs, key) for key in keys if getattr(theirs, key, None) is not None]
         if given and mine is not None:  # None: follows from others, and is tested with them
             assert given == [mine] * len(given), field
@@ -708,9 +708,9 @@ def test_memory_of_loading(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(raw))
         tokenizer_file(folder)
-        config = C.configure(raw)
+        config = A.configure(raw)
         state = {"model." + source: torch.ones(shape[0], dtype=stored)
-                 for source, _, shape in C.tensors(config)}
+                 for source, _, shape in A.tensors(config)}
         save_file(state, folder / "model.safetensors")
         size = sum(x.numel() for x in state.values()) * 2
         del state

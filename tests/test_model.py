@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as M
+from data import architecture as A
 from data import checkpoint as C
 
 transformers = pytest.importorskip("transformers")
@@ -153,7 +154,7 @@ def compute(variant, folder):
         transformers.AutoConfig.for_model(kind, **numbers), attn_implementation="eager").eval()
     shake(net)
     save(net, folder, variant, max_shard_size="20KB" if variant == "llama" else "5GB")
-    row, caught = C.FAMILIES[kind], []
+    row, caught = A.FAMILIES[kind], []
     net.get_submodule(row["prefix"] + row["names"]["norm"]).register_forward_pre_hook(
         lambda _, args: caught.append(args[0]))
     out = net(TOKENS, attention_mask=REAL.long(), output_hidden_states=True)
@@ -165,9 +166,9 @@ def compute(variant, folder):
     (folder / "grad").mkdir()
     save(twin, folder / "grad", variant)
     raw = json.loads((folder / "config.json").read_text())
-    config = C.configure(raw)
+    config = A.configure(raw)
     grads, _ = C.read_params(config, C.tensor_files(folder / "grad"), "cpu", torch.float32)
-    if C.FAMILIES[config.family].get("plus_one"):
+    if A.FAMILIES[config.family].get("plus_one"):
         grads = {k: x - 1 if "norm" in k or "post" in k else x for k, x in grads.items()}
     count = sum(p.numel() for p in net.parameters())
     return folder, [x.detach() for x in states], grads, count
@@ -346,16 +347,16 @@ def test_mutation(name, reference, monkeypatch):
     folder, states, grads, _ = reference(variant)
     if isinstance(mutate, dict):
         family = json.loads((folder / "config.json").read_text())["model_type"]
-        monkeypatch.setitem(C.FAMILIES, family, C.FAMILIES[family] | mutate)
+        monkeypatch.setitem(A.FAMILIES, family, A.FAMILIES[family] | mutate)
     elif mutate == "tile":
         monkeypatch.setattr(torch.Tensor, "repeat_interleave", lambda x, n, dim: x.repeat(1, n, 1))
     elif mutate is interleaved:
         monkeypatch.setattr(M, "rotate", interleaved)
     if name == "position offset, opt":  # the table's rows stay, only the offset goes
-        monkeypatch.setattr(C, "tensors", lambda c, real=C.tensors: [
+        monkeypatch.setattr(C, "tensors", lambda c, real=A.tensors: [
             (s, n, [(66, 48)] if n == ["pos.weight"] else shape) for s, n, shape in real(c)])
     if name == "positions off by one":
-        monkeypatch.setattr(C, "tensors", lambda c, real=C.tensors: [
+        monkeypatch.setattr(C, "tensors", lambda c, real=A.tensors: [
             (s, n, [(64, 40)] if n == ["pos.weight"] else shape) for s, n, shape in real(c)])
     net, _ = M.load(folder)
     if callable(mutate) and mutate is not interleaved:

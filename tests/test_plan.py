@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import selw2s
 from conftest import ROOT, write_llama
-from data.checkpoint import configure
+from data.architecture import configure
 from data.results import memory, work
 from data.results.plan import Row, Sketch, page, speed
 from model import Choice, finetune, load, read

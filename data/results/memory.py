@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data.checkpoint import Config, is_norm, tensors
+from data.architecture import Config, tensors
+from data.checkpoint import is_norm
 from data.families import FAMILIES
 from data.results.work import RANK, asked, block, choices, matrices, parted, size, updates
 from model import BATCH_TOKENS, CELLS, HEAD_ROWS

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from data.cache import digest
-from data.checkpoint import check_device, configure
+from data.architecture import configure
+from data.checkpoint import check_device
 from data.results.memory import Memory, held, of_finetuning, of_reading, shapes
 from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
 
@@ -120,7 +121,7 @@ def ahead(setup) -> dict[str, tuple[str, float, int]]:
 
 class Sketch(NamedTuple):
     """A network known by its config.json: what is counted of a model.Transformer."""
-    config: object      # data.checkpoint.Config
+    config: object      # data.architecture.Config
     device: torch.device
     dtype: torch.dtype
 

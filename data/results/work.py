@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.checkpoint import Config, tensors
+from data.architecture import Config, tensors
 from data.many import shares
 from model import ALIKE, BATCH_TOKENS, TRAIN_TOKENS, Choice, alike, batches
 
