@@ -584,13 +584,12 @@ def option_loglik(model: Transformer, x: Tensor, b: Branches) -> Tensor:
     return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-torch.inf)
 
 
-def log_likelihood(model: Transformer, x: Tensor, before: list[int], target: Tensor,
-                   cells: int | None = None) -> Tensor:
+def log_likelihood(model: Transformer, x: Tensor, before: list[int], target: Tensor) -> Tensor:
     """log p(target[n] | everything up to token before[n]) in float32, (n,), from final states x (P, C). At
-    most `cells` logits (CELLS) exist at a time, also in the backward pass, which computes them again; and
-    each state gets its own once: the end of a prompt serves all options."""
+    most CELLS logits exist at a time, also in the backward pass, which computes them again; and each state
+    gets its own once: the end of a prompt serves all options."""
     where, back = torch.unique(torch.tensor(before, device=x.device), return_inverse=True)
-    step, pieces, places = max(1, (cells or CELLS[x.device.type]) // model.config.vocab), [], []
+    step, pieces, places = max(1, CELLS[x.device.type] // model.config.vocab), [], []
     for a in range(0, len(where), step):
         mine = ((back >= a) & (back < a + step)).nonzero()[:, 0]
         pieces.append(recompute(token_loglik, model, x[where[a:a + step]], back[mine] - a, target[mine],
@@ -742,13 +741,12 @@ class Learner:
     """A student while it learns: its trained weights are float32 masters, whatever the model's dtype."""
 
     def __init__(self, model: Transformer, inputs: list, student: str, tune: str, rank: int,
-                 lora_scale: float, head_init: str, generator: torch.Generator):
+                 lora_scale: float, generator: torch.Generator):
         self.model, self.inputs, self.lora_scale = model, inputs, lora_scale
         self.trained, self.used, self.features = {}, None, None
         if student == "classifier":
-            noise = torch.randn(2, model.config.width, generator=generator) / model.config.width ** 0.5
-            head = noise if head_init == "normal" else torch.zeros_like(noise)
-            self.trained["classifier.weight"] = nn.Parameter(head.to(model.device))
+            head = torch.zeros(2, model.config.width, device=model.device)  # P(y = 1) = 1/2 [D8]
+            self.trained["classifier.weight"] = nn.Parameter(head)
         self.trained |= trainable(model, tune, rank, generator)
         if student == "classifier" and tune == "full":
             self.train_used_rows()
@@ -801,18 +799,10 @@ class Learner:
         return state
 
 
-def groups(trained: dict[str, Tensor]) -> list[dict]:
-    """For Adam, which cannot update sharded tensors and whole ones together."""
-    whole = [x for x in trained.values() if many.share(x) is x]
-    sharded = [x for x in trained.values() if many.share(x) is not x]
-    return [{"params": some} for some in (whole, sharded) if some]
-
-
 def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: int = 2, batch: int = 32,
              seed: int, student: str = "classifier", tune: str = "full", target_fn: Callable | None = None,
              batch_tokens: int = TRAIN_TOKENS, rank: int = 8, lora_alpha: float = 16.0,
-             checkpoint: bool = False, progress: Callable | None = None, head_init: str = "zero",
-             offload: bool = False) -> Student:
+             checkpoint: bool = False, progress: Callable | None = None, offload: bool = False) -> Student:
     """Soft-label cross-entropy against targets (N,) = P(y = 1): Adam, no weight decay, cosine to 0 over all
     steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). Leaves model alone.
 
@@ -823,14 +813,14 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     process, halve when memory runs out; gradients are always the whole batch's. checkpoint: recompute
     activations. offload: several processes keep masters and moments in the CPU's memory. progress(step,
     steps, loss) follows each step. TrainError: settings, a loss or weights not finite, no memory."""
-    check_settings(student, tune, head_init)
+    check_settings(student, tune)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
     steps = [indices.tolist() for order in orders for indices in order]
-    learner = Learner(model, inputs, student, tune, rank, lora_alpha / rank, head_init, generator)
+    learner = Learner(model, inputs, student, tune, rank, lora_alpha / rank, generator)
     learner.student.model.recompute = checkpoint
     learner.shard(offload)
-    adam = torch.optim.Adam(groups(learner.trained), lr=lr, betas=(0.9, 0.999), fused=True)
+    adam = torch.optim.Adam(many.groups(learner.trained), lr=lr, betas=(0.9, 0.999), fused=True)
     given, budget = torch.as_tensor(targets, dtype=torch.float32, device=model.device), batch_tokens
     for step, indices in enumerate(steps):
         for group in adam.param_groups:
@@ -861,11 +851,11 @@ def check_finite(finite: bool, what: str, lr: float) -> None:
         raise TrainError(f"{what} (learning rate {lr}): lower it")
 
 
-def check_settings(student: str, tune: str, head_init: str) -> None:
+def check_settings(student: str, tune: str) -> None:
     """TrainError for what finetune does not know, or cannot do together."""
-    if student not in STUDENTS or tune not in ("full", "lora", "head") or head_init not in ("zero", "normal"):
-        raise TrainError(f"tune = {tune!r}, student = {student!r}, head_init = {head_init!r}: they must be "
-                         "full, lora or head, classifier or answer, zero or normal")
+    if student not in STUDENTS or tune not in ("full", "lora", "head"):
+        raise TrainError(f"tune = {tune!r}, student = {student!r}: they must be full, lora or head, and "
+                         "classifier or answer")
     if student == "answer" and tune == "head":
         raise TrainError("the student that answers has no head to train alone: tune must be full or lora")
 

@@ -106,6 +106,13 @@ def word(value):
     return box[0]
 
 
+def groups(trained: dict[str, Tensor]) -> list[dict]:
+    """For Adam, which cannot update sharded tensors and whole ones together."""
+    whole = [x for x in trained.values() if share(x) is x]
+    sharded = [x for x in trained.values() if share(x) is not x]
+    return [{"params": some} for some in (whole, sharded) if some]
+
+
 def joined(x: Tensor, mine: list[int]) -> Tensor:
     """x (N, ...), of which this process has computed the rows `mine` and others the other rows, whole; in
     place, bit for bit."""

@@ -8,14 +8,16 @@
     python tests/bench_graph.py memory            # peak memory of the self-join of N = 200,000, d = 64
     python tests/bench_graph.py gpu               # beside plain torch on the same GPU, in float32
 
-Runs alternate, ours then theirs; a line gives the median seconds of each, then the median of the ratios of
-the pairs, ours / theirs, and their range. With --threads 1 the clock is the processor's, which other programs
-on the machine disturb less. Inputs are Gaussian rows, k = 10.
+--keep writes the rows into data/results/speed.json. Runs alternate, ours then theirs; a line gives the median
+seconds of each, then the median of the ratios of the pairs, ours / theirs, and their range. With --threads 1
+the clock is the processor's, which other programs on the machine disturb less. Inputs are Gaussian rows,
+k = 10.
 """
 import argparse
 import json
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -26,10 +28,12 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import graph  # noqa: E402
+from make_results import keep_speed  # noqa: E402
 
 K = 10
+KEEP = "--keep" in sys.argv
 
 
 def clock():
@@ -43,14 +47,25 @@ def timed(f):
 
 
 def compare(name, ours, theirs, repeats):
-    """Print and return the median seconds of both and the ratio over alternating runs."""
+    """Print the median seconds of both and the ratio over alternating runs; name: WHAT / PEER (remark)."""
     ours(), theirs()        # once for the allocator and the thread pools
     pairs = [(timed(ours), timed(theirs)) for _ in range(repeats)]
     ratios = [a / b for a, b in pairs]
     a, b = (statistics.median(side) for side in zip(*pairs))
     print(f"{name:58s} {a:8.3f} s {b:8.3f} s   {statistics.median(ratios):5.2f} "
           f"({min(ratios):.2f} ... {max(ratios):.2f}, n = {repeats})", flush=True)
-    return statistics.median(ratios)
+    if KEEP:
+        what, peer = name.split(" (")[0].split(" / ")
+        faster = sorted(1 / ratio for ratio in ratios)
+        keep_speed({"what": what, "peer": peer, "device": device(), "unit": "s", "ours": a, "theirs": b,
+                    "times": [statistics.median(faster), faster[0], faster[-1]], "pairs": repeats,
+                    "command": shlex.join(["python", "tests/bench_graph.py", *sys.argv[1:]])})
+
+
+def device():
+    if "gpu" in sys.argv:
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def gaussian(n, d):
@@ -238,6 +253,7 @@ def main():
     parser.add_argument("what", nargs="*", metavar="WHAT", help=", ".join(known))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="rows into data/results/speed.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.what or ["knn", "baselines", "propagate", "spreading"]:

@@ -17,6 +17,7 @@ import copy
 import csv
 import json
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -30,8 +31,9 @@ import transformers
 from tokenizers import Tokenizer, models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import model as M  # noqa: E402
+from make_results import keep_speed  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 SHAPES = {
@@ -133,17 +135,24 @@ def products(net, packs: list[int], backward: bool):
                 torch.mm(out, w), torch.mm(out.T, into)
 
 
-def pairs(name, count, tokens, flops, peak, device, clock, ours, theirs, limit):
+def pairs(name, count, tokens, flops, a, clock, ours, theirs, limit):
     runs = (theirs, ours, lambda tick: limit())
     for run in runs:
-        timed(run, device, clock)
-    seconds = [[timed(run, device, clock) for run in runs] for _ in range(count)]
-    a, b, _ = (statistics.median(column) for column in zip(*seconds))
+        timed(run, a.device, clock)
+    seconds = [[timed(run, a.device, clock) for run in runs] for _ in range(count)]
+    their, our, _ = (tokens / statistics.median(column) for column in zip(*seconds))
     ratios, limits = sorted(x / y for x, y, _ in seconds), sorted(z / y for _, y, z in seconds)
-    used = f", {flops * tokens / b / peak / 1e10:.1f} % of peak" if peak else ""
-    print(f"{name:28s} transformers {tokens / a:9.0f}  model.py {tokens / b:9.0f} tokens/s  ratio "
+    used = f", {flops * our / a.peak / 1e10:.1f} % of peak" if a.peak else ""
+    print(f"{name:28s} transformers {their:9.0f}  model.py {our:9.0f} tokens/s  ratio "
           f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}; "
           f"limit {statistics.median(limits):.2f} ({limits[0]:.2f} to {limits[-1]:.2f})", flush=True)
+    if a.keep:
+        device = f"CPU, {a.threads} threads" if a.device == "cpu" else torch.cuda.get_device_name()
+        keep_speed({"what": f"{name}, {a.dtype}", "peer": "transformers", "device": device,
+                    "unit": "tokens/s", "ours": our, "theirs": their, "pairs": count,
+                    "limit": statistics.median(limits),
+                    "times": [statistics.median(ratios), ratios[0], ratios[-1]],
+                    "command": shlex.join(["python", "tests/bench_model.py", *sys.argv[1:]])})
 
 
 def both(shape: str, a):
@@ -179,6 +188,7 @@ def main():
     p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
     p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
     p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
+    p.add_argument("--keep", action="store_true", help="rows into data/results/speed.json")
     p.add_argument("--cpu-time", action="store_true",
                    help="count CPU seconds, for a machine that others use (one thread)")
     a = p.parse_args()
@@ -205,13 +215,12 @@ def main():
             print(f"{shape} {length}: {a.items} items, "
                   f"padding costs {padded / sum(map(len, sequences)):.2f} x")
             order = torch.randperm(a.items, generator=torch.Generator().manual_seed(0)).split(32)
-            pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a.peak,
-                  a.device, clock,
+            pairs(f"{shape} {length} hidden", a.pairs, sum(map(len, sequences)), 2 * weights, a, clock,
                   lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),
                   lambda tick: theirs.hidden(sequences),
                   lambda: products(ours, packs(sequences, a.batch_tokens), False))
             timed_tokens = sum(len(sequences[i]) for rows in order[1:] for i in rows)
-            pairs(f"{shape} {length} finetune", a.pairs, timed_tokens, 6 * weights, a.peak, a.device, clock,
+            pairs(f"{shape} {length} finetune", a.pairs, timed_tokens, 6 * weights, a, clock,
                   lambda tick: M.finetune(ours, sequences, targets, lr=1e-6, epochs=1, seed=0,
                                           batch_tokens=a.train_tokens, progress=lambda *_: tick()),
                   lambda tick: theirs.train(sequences, targets, 0, tick),

@@ -128,6 +128,20 @@ def cosmosqa_task(file: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------- generated parts
+def keep_speed(row: dict) -> None:
+    """A row of a benchmark into data/results/speed.json, in the place of an older one of its name, peer and
+    device. row: what, peer, device, unit, ours and theirs (medians), times (as fast: median of the pairs,
+    least, most), pairs, command, perhaps limit (share of the time that the products alone would take)."""
+    file = RESULTS / "speed.json"
+    rows = json.loads(file.read_text("utf-8")) if file.exists() else []
+    same = [i for i, old in enumerate(rows) if all(old[k] == row[k] for k in ("what", "peer", "device"))]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
+    file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
 def kept(name: str) -> dict | None:
     """result.json of a reference run; None if it was not made yet."""
     file = RESULTS / name / "result.json"
@@ -399,6 +413,23 @@ def estimates_table(first: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def speed_table(_: str) -> str:
+    """What bench_model.py and bench_graph.py measured with --keep."""
+    rows = json.loads((RESULTS / "speed.json").read_text("utf-8"))
+    lines = [row_of(["what", "beside", "here", "there", "times as fast", "products alone", "device"]),
+             "|---" * 7 + "|"]
+    for row in rows:
+        median, least, most = (f"{x:.2f}" for x in row["times"])
+        limit = f"{row['limit']:.2f}" if "limit" in row else ""
+        ours, theirs = (f"{row[side]:,.0f}" if row[side] >= 100 else f"{row[side]:.3g}"
+                        for side in ("ours", "theirs"))
+        lines.append(row_of([row["what"], row["peer"], f"{ours} {row['unit']}", theirs,
+                             f"**{median}** ({least} to {most}, {row['pairs']} pairs)", limit,
+                             row["device"]]))
+    commands = dict.fromkeys(row["command"] for row in rows)
+    return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
+
+
 def growth_table(_: str) -> str:
     """Time and memory of a run by its size (tests/bench_growth.py)."""
     rows = json.loads((RESULTS / "growth.json").read_text("utf-8"))
@@ -424,7 +455,7 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS
          "smoothing": smoothing_table, "choice": choice_table,
          "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
          "estimates": lambda _: estimates_table(3), "plans": lambda _: estimates_table(),
-         "growth": growth_table}
+         "growth": growth_table, "speed": speed_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 
