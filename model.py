@@ -513,19 +513,21 @@ class Reading(NamedTuple):
     loglik: Tensor         # (Q, O) float64, sum of log p(token | before); -inf: no such option
     option_tokens: Tensor  # (Q, O) int64
     prompt_state: Tensor   # (Q, n, C) at the prompt's last token
-    item_state: Tensor     # (Q, n, C) at the last token of option pick[q], or the prompt's for -1
+    item_state: Tensor     # (Q, n, C) at the last token of option pick[q], or the prompt's for -1; without
+    #                        pick (Q, O, n, C), at each option's; 0: no such option
 
 
 @torch.no_grad()
-def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]], pick: list[int], *,
-         layers: Sequence[int | None] = (None,), batch_tokens: int | None = None,
-         progress: Callable | None = None) -> Reading:
+def read(model: Transformer, prompts: list[list[int]], options: list[list[list[int]]],
+         pick: list[int] | None = None, *, layers: Sequence[int | None] = (None,),
+         batch_tokens: int | None = None, progress: Callable | None = None) -> Reading:
     """One forward pass over every question with its options as branches of its prompt: prompt + sum(options)
     tokens instead of a whole sequence per option. No prompt and no option is empty. [D1] TrainError for
     states that are not finite, or no memory."""
     Q, O, n, C = len(prompts), max(map(len, options), default=0), len(layers), model.config.width
     out = Reading(torch.full((Q, O), -torch.inf, dtype=torch.float64), torch.zeros(Q, O, dtype=torch.int64),
-                  torch.empty(Q, n, C, dtype=model.dtype), torch.empty(Q, n, C, dtype=model.dtype))
+                  torch.empty(Q, n, C, dtype=model.dtype),
+                  torch.zeros((Q, O, n, C) if pick is None else (Q, n, C), dtype=model.dtype))
 
     def work(indices):
         b = branch([prompts[q] for q in indices], [options[q] for q in indices], model.device)
@@ -533,10 +535,15 @@ def read(model: Transformer, prompts: list[list[int]], options: list[list[list[i
         loglik = option_loglik(model, finite(model, final), b)
         out.loglik[indices, :loglik.shape[1]] = loglik.cpu()
         prompt_end = [ends[0] for ends in b.ends]
-        item_end = [ends[pick[q] + 1] for q, ends in zip(indices, b.ends)]
+        if pick is None:
+            where = [(q, o) for q, ends in zip(indices, b.ends) for o in range(len(ends) - 1)]
+            item_end = [end for ends in b.ends for end in ends[1:]]
+        else:
+            where = [(q,) for q in indices]
+            item_end = [ends[pick[q] + 1] for q, ends in zip(indices, b.ends)]
         for j, x in enumerate(states):
             out.prompt_state[indices, j] = finite(model, x[prompt_end]).cpu()
-            out.item_state[indices, j] = finite(model, x[item_end]).cpu()
+            out.item_state.select(-2, j)[tuple(zip(*where))] = finite(model, x[item_end]).cpu()
 
     for q, choices in enumerate(options):
         out.option_tokens[q, :len(choices)] = torch.tensor([len(option) for option in choices])

@@ -76,8 +76,8 @@ class Config:
                       choices=ROUTERS)
     tau: object = flag("auto", "P(IK) from which the own label is used: a number, or by a rule: answers, "
                                "labels, item; auto: the best of these on D_l [D4]", metavar="X")
-    anchors: int = flag(1, "1: own labels are the prior of their nodes when the others are smoothed, 0: the "
-                           "weak ones [D5]", choices=(0, 1))
+    anchors: int = flag(1, "1: own labels are the prior of their nodes in smoothing, 0: the weak ones [D5]",
+                        choices=(0, 1))
     alpha: object = flag("auto", "smoothing, 0 = off; auto: chosen on D_l [D6]", metavar="X")
     k: object = flag("auto", "neighbours; auto: chosen on D_l [D6]", metavar="N")
     gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]", metavar="X")
@@ -537,7 +537,7 @@ def layers_read(strong: Pretrained) -> tuple:
 
 
 def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[list[str]],
-                pick: list[int]) -> dict[str, Tensor]:
+                pick: list[int] | None) -> dict[str, Tensor]:
     """Hidden states, and each completion's log-likelihood, in one pass (model.Reading); a stage."""
     strong, config = setup.strong, setup.config
     heads, tails = encode_options(strong.tokenizer, prompts, completions)
@@ -575,35 +575,61 @@ def untied(belief: Tensor, questions: list[Question]) -> Tensor:
     return out
 
 
-def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split) -> Elicited:
-    """3. The option with the largest log-likelihood given the question is the strong model's own answer [D1];
-    the own label of an item is 1 if the candidate it shows is that answer. Examples stand in front [D2]."""
-    own = setup.config.own
-    examples = [(item, parts.question[item.question_id]) for item in parts.examples]
-    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in examples)
-    prompts, completions = [before + prompt(q) for q in questions], options_of(questions)
-    column, none = columns_shown(part, questions), [-1] * len(part)
-    # the branch on which an item's text ends; a yes/no question is itself the item and ends with the prompt
-    pick = [-1 if item.text == prompt(q) else c for item, q, c in zip(part, questions, column)]
-    reading = likelihoods(f"read {name}", setup, prompts, completions, pick)
-    score, column = reading["loglik"], torch.tensor(column)                                 # (n, K), (n,)
+class Asked(NamedTuple):
+    """What the pretrained strong model says of Q questions, O options."""
+    row: dict[str, int]     # of a question's id
+    score: Tensor           # (Q, O) float64, of each option [D1]
+    prompt_state: Tensor    # (Q, R, C)
+    option_state: Tensor    # (Q, O, R, C)
+
+
+def asked(setup: Setup, questions: list[Question], examples: list[Question]) -> Asked:
+    """3a. One pass over questions, in front of each the examples and their answers [D2]. Of all questions of
+    the task without examples, it is the same for all seeds."""
+    own, completions = setup.config.own, options_of(questions)
+    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in examples)
+    prompts = [before + prompt(q) for q in questions]
+    setup.stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
+    reading = likelihoods("read", setup, prompts, completions, None)
+    score = reading["loglik"]
     if own == "mean":
         score = score / reading["option_tokens"].clamp_min(1)
     if own == "pmi":
-        alone = [unconditional(q) for q in questions]
-        other = likelihoods(f"read {name} unconditional", setup, alone, completions, none)["loglik"]
+        alone, nowhere = [unconditional(q) for q in questions], [-1] * len(questions)
+        other = likelihoods("read unconditional", setup, alone, completions, nowhere)["loglik"]
         score = score - other.nan_to_num(neginf=0.0)
-    if own == "judge":
-        before = "".join(f"{judged(item, q)} {item.label}\n\n" for item, q in examples)
-        prompts = [before + judged(item, q) for item, q in zip(part, questions)]
-        completions, column = [[" 0", " 1"]] * len(part), torch.ones_like(column)
-        score = likelihoods(f"read {name} judge", setup, prompts, completions, none)["loglik"]
+    row = {q.id: i for i, q in enumerate(questions)}
+    return Asked(row, score, reading["prompt_state"], reading["item_state"])
+
+
+def judgement(setup: Setup, name: str, part: list[Item], questions: list[Question], examples) -> Tensor:
+    """(n, 2) float64 log-likelihoods that the candidate shown is wrong, and right, as the strong model judges
+    it [D1]; examples: pairs of Item and Question."""
+    before = "".join(f"{judged(item, q)} {item.label}\n\n" for item, q in examples)
+    prompts = [before + judged(item, q) for item, q in zip(part, questions)]
+    completions, nowhere = [[" 0", " 1"]] * len(part), [-1] * len(part)
     if name == "labelled":
-        setup.stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
-    belief = untied(score.softmax(1), questions)
+        setup.stages.tell(f"3 judge    {prompts[0]!r:.200} + one of {completions[0]}")
+    return likelihoods(f"read {name} judge", setup, prompts, completions, nowhere)["loglik"]
+
+
+def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split,
+           said: Asked) -> Elicited:
+    """3b. The option with the largest log-likelihood given the question is the strong model's own answer
+    [D1]; the own label of an item is 1 if the candidate it shows is that answer."""
+    row = [said.row[q.id] for q in questions]
+    column = torch.tensor(columns_shown(part, questions))                                   # (n,)
+    score, prompt_state, shown = said.score[row], said.prompt_state[row], said.option_state[row, column]
+    # where the item's text ends: a yes/no question is itself the item
+    whole = torch.tensor([item.text == prompt(q) for item, q in zip(part, questions)])
+    item_state = torch.where(whole[:, None, None], prompt_state, shown)
+    if setup.config.own == "judge":
+        examples = [(item, parts.question[item.question_id]) for item in parts.examples]
+        score, column = judgement(setup, name, part, questions, examples), torch.ones_like(column)
+    belief = untied(score.softmax(1), questions)                                            # (n, K)
     label = (belief.argmax(1) == column).float()                            # hard: 0 or 1 [D13]
     zero_shot = belief.gather(1, column[:, None])[:, 0].float()
-    return Elicited(label, zero_shot, belief, reading["prompt_state"], reading["item_state"])
+    return Elicited(label, zero_shot, belief, prompt_state, item_state)
 
 
 def answer_right(learn: Part) -> Tensor:
@@ -635,11 +661,13 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     """Steps 1 to 3 for one seed."""
     parts = split(setup, seed)
     supervised, out = supervise(setup, parts, seed), {}
+    examples = [parts.question[item.question_id] for item in parts.examples]
+    said = asked(setup, setup.task.train + setup.task.test, examples)
     for name, part in zip(("labelled", "transfer", "test"), parts):
         questions = [parts.question[item.question_id] for item in part]
-        said = elicit(setup, name, part, questions, parts)
+        elicited = elicit(setup, name, part, questions, parts, said)
         inputs = student_inputs(setup, part, questions)
-        out[name] = Part(part, questions, inputs, getattr(supervised, name), *said)
+        out[name] = Part(part, questions, inputs, getattr(supervised, name), *elicited)
     labelled = out["labelled"]
     out["labelled"] = labelled = labelled._replace(
         truth=true_labels(labelled.items),

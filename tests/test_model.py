@@ -412,6 +412,13 @@ def test_tree_equals_separate_sequences(variant, least, reference, monkeypatch):
     options = [ragged(1 + q % 4, 1, 9, q) for q in range(5)]
     pick = [0, -1, 2, 3, -1]
     got = M.read(net, prompts, options, pick, layers=(None, 0, 2), batch_tokens=90)
+    every = M.read(net, prompts, options, layers=(None, 0, 2), batch_tokens=90)
+    assert torch.equal(every.prompt_state, got.prompt_state) and torch.equal(every.loglik, got.loglik)
+    for q, o in enumerate(pick):
+        at = every.prompt_state[q] if o < 0 else every.item_state[q, o]
+        assert torch.equal(at, got.item_state[q])
+        assert not every.item_state[q, len(options[q]):].any()
+        assert every.item_state[q, :len(options[q])].flatten(1).any(1).all()
     for q in range(5):
         for j, layer in enumerate((None, 0, 2)):
             ends = [len(prompts[q]) - 1]

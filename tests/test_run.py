@@ -179,6 +179,18 @@ def test_other_batch_budgets_agree_to_1e_5(full, tiny, tmp_path, monkeypatch):
     assert differ > 10                                  # it did run otherwise
 
 
+def test_seeds_share_one_reading(tiny, tmp_path):
+    """The questions that several seeds share are read once, and what each seed takes of it is its own."""
+    both = go(tiny, tmp_path / "both", "--methods", "naive", "--seeds", "0", "1")
+    reads = [stage["cached"] for stage in both["stages"] if stage["name"] == "read"]
+    assert reads == [False, True]
+    alone = go(tiny, tmp_path / "alone", "--methods", "naive", "--seeds", "1")
+    a, b = arrays(both, tmp_path / "both"), arrays(alone, tmp_path / "alone")
+    for key in (key for key in b if key.startswith("seed1/")):
+        assert np.array_equal(a[key], b[key], equal_nan=a[key].dtype.kind == "f"), key
+    assert not np.array_equal(a["seed0/transfer/id"], a["seed1/transfer/id"])
+
+
 @pytest.mark.slow
 def test_what_changes_the_result_changes_the_key(tiny, tmp_path):
     def names(*flags):
@@ -187,12 +199,11 @@ def test_what_changes_the_result_changes_the_key(tiny, tmp_path):
     assert not any(names().values())
     assert all(names("--k", "5").values())              # concerns no stage of these methods
     assert not any(v for k, v in names("--epochs", "1").items() if not k.startswith("read"))
-    reads = {"read labelled": False, "read transfer": False, "read test": False}
     cross = {f"cross-{f}": True for f in range(5)}
-    assert names("--shots", "2") == {"weak": True, **cross, **reads, "naive": True}
+    assert names("--shots", "2") == {"weak": True, **cross, "read": False, "naive": True}
     folds = names("--folds", "3")
     assert folds["weak"] and folds["naive"] and not any(folds[f"cross-{f}"] for f in range(3))
-    assert not any(v for k, v in names("--seeds", "1").items() if k != "read test")     # test has no seed
+    assert not any(v for k, v in names("--seeds", "1").items() if k != "read")      # questions have no seed
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -311,7 +322,7 @@ def test_a_judged_yes_no_item_shows_the_candidate_yes(tiny, tmp_path):
     file, told = tmp_path / "yesno.jsonl", []
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     p = selw2s.prepare(set_up(["--task", str(file), *tiny[2:]], tmp_path, "--own", "judge", told=told), 0)
-    shot = next(line for line in told if line.startswith("3 prompt"))
+    shot = next(line for line in told if line.startswith("3 judge"))
     assert "red\\nAnswer: yes\\nRespond with 1" in shot and "[' 0', ' 1']" in shot
     for some in (p.labelled, p.transfer, p.test):
         assert some.belief.shape[1] == 2 and torch.equal(some.own, (some.belief.argmax(1) == 1).float())
@@ -427,7 +438,8 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
         part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
                 for n, (q, place) in enumerate(zip(questions, places))]
-        elicited = selw2s.elicit(setup, "test", part, questions, nothing)
+        asked = selw2s.asked(setup, questions, [])
+        elicited = selw2s.elicit(setup, "test", part, questions, nothing, asked)
         gold = right_option(setup.config, part, questions)
         inputs = selw2s.student_inputs(setup, part, questions)
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
@@ -476,7 +488,7 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
                  Question("b", "b", "", "is it red", ("no", "yes"), 0)]
     some = [Item("a/0", "a", "", 0, 0), Item("b/1", "b", "", 1, 0)]
     nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
-    got = selw2s.elicit(setup, "test", some, questions, nothing)
+    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.asked(setup, questions, []))
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])

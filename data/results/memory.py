@@ -104,12 +104,15 @@ def logit_bytes(network, states: int, copies: int) -> int:
 
 # ---- of a stage: the moment that takes most --------------------------------------------------------------
 
-def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[list], layers: int) -> Memory:
-    """model.read, in the blocks or at the logits; weights: bytes of both models."""
+def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[list], layers: int,
+               picked: int) -> Memory:
+    """model.read, in the blocks or at the logits; weights: bytes of both models; picked: of how many options
+    it gives the states, beside the prompt's."""
     c, width, budget = network.config, network.dtype.itemsize, BATCH_TOKENS[network.device.type]
     parts = parted(choices(heads, tails), budget)
     most, states = (max(sum(map(of, part)) for part in parts) for of in (size, asked))
-    out = 2 * len(heads) * layers * c.width * width * (network.device.type == "cpu")    # the states it gives
+    out = (1 + picked) * len(heads) * layers * c.width * width      # the states it gives, on the CPU
+    out *= network.device.type == "cpu"
     return max(Memory(weights, activations=out + pass_bytes(c, most, layers + 1, width)),
                Memory(weights, activations=out + most * (layers + 1) * c.width * width,
                       logits=logit_bytes(network, states, 2)), key=Memory.peak)

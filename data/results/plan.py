@@ -68,10 +68,12 @@ class Ledger:
         """As Stages: notes the stage; values of the right shapes, hidden states of width 0."""
         network, key = self.networks[depends[0]], digest(stage, *depends)
         if stage == "read":
-            heads, tails, _, layers = depends[3:]
-            items, memory = len(heads), of_reading(network, self.weights, heads, tails, len(layers))
-            scores, states = torch.zeros(items, max(map(len, tails))), torch.zeros(items, len(layers), 0)
-            values = dict(loglik=scores, option_tokens=scores, prompt_state=states, item_state=states)
+            heads, tails, pick, layers = depends[3:]
+            items, options, read = len(heads), max(map(len, tails)), len(layers)
+            memory = of_reading(network, self.weights, heads, tails, read, 1 if pick else options)
+            scores, states = torch.zeros(items, options), torch.zeros(items, read, 0)
+            values = dict(loglik=scores, option_tokens=scores, prompt_state=states,
+                          item_state=states if pick else torch.zeros(items, options, read, 0))
         else:
             settings, inputs, _, _, ask, _ = depends[3:]
             items, memory = len(inputs), of_finetuning(
