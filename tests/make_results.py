@@ -378,24 +378,38 @@ def verdict(result: dict, other: str) -> str:
     return f"below {other}" if high < 0 else f"not told apart from {other}"
 
 
+SAID = {"weak": "weak", "zero-shot": "the strong model untouched (zero-shot)", "naive": "naive",
+        "self-only": "its own answers alone (self-only)", "selective": "**selective**",
+        "strong-on-D_l": "the strong model finetuned on the labelled half (strong-on-D_l)",
+        "ceiling": "ceiling"}
+
+
+def found(name: str) -> str:
+    """What one run of the real pair found; "" if it was not made."""
+    result = kept(name)
+    if not result:
+        return ""
+    config, untrained = result["config"], ("weak", "zero-shot")
+    how = f"--student {config['student']} --labels {config.get('labels', 'soft')}"
+    cells = [f"{title} {cell(result, m)}" for m, title in SAID.items() if m not in untrained]
+    told = (f"{verdict(result, other)} ({difference(result, 'selective', other)})"
+            for other in ("naive", "zero-shot"))
+    return (f"With `{how}` ([result](data/results/{name}/result.json)): {', '.join(cells)}; selective is "
+            f"{' and '.join(told)}.")
+
+
 def finding(_: str) -> str:
-    """One paragraph: what the method did on real data, as it came out."""
-    for name in ("sciq-answer", "sciq-classifier"):
-        result = kept(name)
-        if result:
-            seeds, n = len(result["seeds"]), result["metrics"]["test_items"]
-            cells = [f"{title} {cell(result, m)}" for m, title in (
-                ("weak", "weak"), ("zero-shot", "the strong model untouched (zero-shot)"), ("naive", "naive"),
-                ("self-only", "its own answers alone (self-only)"), ("selective", "**selective**"),
-                ("strong-on-D_l", "the strong model finetuned on the labelled half (strong-on-D_l)"),
-                ("ceiling", "ceiling"))]
-            return (f"On official SciQ ({n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}; real "
-                    f"models, 135M and 268M parameters, `--student {result['config']['student']}`): "
-                    f"{', '.join(cells)}. Selective is {verdict(result, 'naive')} "
-                    f"({difference(result, 'selective', 'naive')}) and {verdict(result, 'zero-shot')} "
-                    f"({difference(result, 'selective', 'zero-shot')}): "
-                    f"[result](data/results/{name}/result.json), made by `{result['command']}`.")
-    return "On real data: not measured yet (`python tests/make_results.py --run sciq-answer`)."
+    """What the method did on real data, as it came out, a paragraph per kind of student and labels."""
+    names = [name for name in REAL if name.startswith("sciq-") and name in SELECTIVE and kept(name)]
+    if not names:
+        return "On real data: not measured yet (`python tests/make_results.py --run sciq-answer`)."
+    first = kept(names[0])
+    seeds, n = len(first["seeds"]), first["metrics"]["test_items"]
+    cells = [f"{SAID[m]} {cell(first, m)}" for m in ("weak", "zero-shot")]
+    head = (f"On official SciQ ({n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}; real models, 135M "
+            f"and 268M parameters): {', '.join(cells)}.")
+    made = f"Made by {commands(['sciq-classifier']).strip()!r} and these flags.".replace("'", "`")
+    return "\n\n".join([head, *map(found, names), made])
 
 
 def estimates_table(first: int | None = None) -> str:

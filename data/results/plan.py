@@ -220,7 +220,7 @@ def page(rows: list[Row], here: tuple[str, float], dtype: str, devices: int = 1)
     note = (f"weights to peak: GB on each device when a stage needs most. here: {here[0]}, "
             f"{here[1] / 1e9:,.0f}e9 operations a second in {dtype} products; {' and '.join(PEAK)} at "
             f"{USED:.0%} of their peak. Not counted: probes, the graph, and time that is no product: small "
-            "models on short texts take longer, two or three times on a CPU.")
+            "models on short texts take longer, two or three times on a CPU, ten times on a GPU.")
     return "\n".join([*table, "", textwrap.fill(note, 110)])
 
 
