@@ -19,6 +19,7 @@ import json
 import random
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -146,13 +147,49 @@ def pairs(name, count, tokens, flops, a, clock, ours, theirs, limit):
     print(f"{name:28s} transformers {their:9.0f}  model.py {our:9.0f} tokens/s  ratio "
           f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}; "
           f"limit {statistics.median(limits):.2f} ({limits[0]:.2f} to {limits[-1]:.2f})", flush=True)
+    keep(name, "tokens/s", our, their, ratios, a, limit=statistics.median(limits))
+
+
+def keep(name, unit, our, their, ratios, a, **more):
+    """With --keep, a row of data/results/speed.json; ratios (sorted): how many times as fast, or as small."""
     if a.keep:
         device = f"CPU, {a.threads} threads" if a.device == "cpu" else torch.cuda.get_device_name()
-        keep_speed({"what": f"{name}, {a.dtype}", "peer": "transformers", "device": device,
-                    "unit": "tokens/s", "ours": our, "theirs": their, "pairs": count,
-                    "limit": statistics.median(limits),
+        keep_speed({"what": f"{name}, {a.dtype}", "peer": "transformers", "device": device, "unit": unit,
+                    "ours": our, "theirs": their, "pairs": len(ratios),
                     "times": [statistics.median(ratios), ratios[0], ratios[-1]],
-                    "command": shlex.join(["python", "tests/bench_model.py", *sys.argv[1:]])})
+                    "command": shlex.join(["python", "tests/bench_model.py", *sys.argv[1:]]), **more})
+
+
+LOAD = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch, transformers, model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key + ":"))
+open("/proc/self/clear_refs", "w").write("5")
+before, start = status("VmRSS"), time.perf_counter()
+if {ours}:
+    kept = model.load({folder!r}, dtype=torch.{dtype})
+else:
+    kept = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.{dtype})
+    AutoTokenizer.from_pretrained({folder!r})
+print(time.perf_counter() - start, (status("VmHWM") - before) / 1024)
+"""
+
+
+def loading(shape: str, a):
+    """Seconds, and peak memory in MB, of loading model and tokenizer into a process of its own (Linux)."""
+    def once(ours):
+        code = LOAD.format(root=str(ROOT), folder=shape, dtype=a.dtype, ours=ours)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return [float(x) for x in done.stdout.split()[-2:]]
+    rows = [(once(True), once(False)) for _ in range(a.pairs + 1)][1:]     # the first one fills the cache
+    for i, (what, unit) in enumerate((("load", "s"), ("memory of loading", "MB"))):
+        our, their = (statistics.median(row[side][i] for row in rows) for side in (0, 1))
+        ratios = sorted(theirs[i] / ours[i] for ours, theirs in rows)
+        print(f"{shape} {what}: transformers {their:.2f}, model.py {our:.2f} {unit}", flush=True)
+        keep(f"{shape} {what}", unit, our, their, ratios, a)
 
 
 def both(shape: str, a):
@@ -197,6 +234,8 @@ def main():
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     for shape in a.shapes:
+        if shape not in SHAPES and a.device == "cpu":
+            loading(shape, a)
         ours, net = both(shape, a)
         config = net.config
         theirs = Theirs(net.base_model.eval().to(a.device, getattr(torch, a.dtype)), a.fused_adam or None)

@@ -71,7 +71,7 @@ DECISIONS = {       # row of the README's table of decisions: flags of its alter
     "D15": (("--gamma", "1"),),
     "D16": (("--folds", "2"), ("--folds", "10")),
     "D17": (("--student", "answer"), ("--student", "answer", "--epochs", "2")),
-    "D18": (("--route", "belief"), ("--route", "both"))}
+    "D18": (("--route", "belief"), ("--route", "both")), "D20": (("--labels", "hard"),)}
 BARE = "import sys; sys.modules['matplotlib'] = None; import selw2s; sys.exit(selw2s.main())"
 
 
