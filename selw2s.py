@@ -83,15 +83,14 @@ class Config:
     gamma: float = flag(3.0, "exponent of the affinity, max(0, cosine)^gamma [D15]", metavar="X")
     student: str = flag("classifier", "a linear head, or the model's own answer: softmax of options [D17]",
                         choices=("classifier", "answer"))
-    labels: str = flag("soft", "what a student learns: P(y = 1), or the likelier class [D20]",
-                       choices=("soft", "hard"))
+    labels: str = flag("auto", "P(y = 1), or the likelier class; auto: hard for a student that answers [D20]",
+                       choices=("auto", "soft", "hard"))
     tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
     epochs: object = flag("auto", "passes over the training items; auto: 2, of a student that answers 1 [D9]",
                           metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
     lr: object = flag("auto", "learning rate; auto: by size of the model [D9]", metavar="X")
-    analysis: str = flag("", "after the methods: P(IK) across tasks, difficulties; tau, alpha, k varied; "
-                             "what weak models do not represent",
+    analysis: str = flag("", "P(IK) across tasks, difficulties; tau, alpha, k varied; what weak models lack",
                          choices=("cross-task", "difficulty", "sweep", "representation"))
     difficulty: str = flag("weak", "whose loss makes an item hard in --analysis difficulty",
                            choices=("weak", "strong"))
@@ -537,20 +536,20 @@ def layers_read(strong: Pretrained) -> tuple:
 
 
 def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[list[str]],
-                pick: list[int] | None) -> dict[str, Tensor]:
-    """Hidden states, and each completion's log-likelihood, in one pass (model.Reading); a stage."""
+                layers: tuple) -> dict[str, Tensor]:
+    """Each completion's log-likelihood, and its and its prompt's hidden states of these layers, in one pass
+    (model.Reading); a stage."""
     strong, config = setup.strong, setup.config
     heads, tails = encode_options(strong.tokenizer, prompts, completions)
     longest = max(len(head) + max(map(len, tail)) for head, tail in zip(heads, tails))
     if longest > strong.network.config.context:
         raise DataError(f"a prompt of {longest} tokens is over the strong model's "
                         f"{strong.network.config.context}: use fewer --shots, --own sum, shorter questions")
-    layers = layers_read(strong)
-    depends = (strong.sha256, config.dtype, config.device, heads, tails, pick, layers)
+    depends = (strong.sha256, config.dtype, config.device, heads, tails, layers)
     (work, tokens), progress = reading(strong.network, heads, tails), setup.stages.progress
 
     def compute():
-        return read(strong.network, heads, tails, pick, layers=layers, progress=progress.part(work))._asdict()
+        return read(strong.network, heads, tails, layers=layers, progress=progress.part(work))._asdict()
     return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=tokens)
 
 
@@ -583,23 +582,21 @@ class Asked(NamedTuple):
     option_state: Tensor    # (Q, O, R, C)
 
 
-def asked(setup: Setup, questions: list[Question], examples: list[Question]) -> Asked:
-    """3a. One pass over questions, in front of each the examples and their answers [D2]. Of all questions of
-    the task without examples, it is the same for all seeds."""
+def ask(setup: Setup, questions: list[Question], before: str = "") -> Asked:
+    """3a. One pass over questions, each after the solved examples `before` [D2]. Of all questions of the
+    task, without examples, it is the same for all seeds."""
     own, completions = setup.config.own, options_of(questions)
-    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in examples)
-    prompts = [before + prompt(q) for q in questions]
-    setup.stages.tell(f"3 prompt   {prompts[0]!r:.200} + one of {completions[0]}")
-    reading = likelihoods("read", setup, prompts, completions, None)
-    score = reading["loglik"]
+    said = likelihoods("read", setup, [before + prompt(q) for q in questions], completions,
+                       layers_read(setup.strong))
+    score = said["loglik"]
     if own == "mean":
-        score = score / reading["option_tokens"].clamp_min(1)
+        score = score / said["option_tokens"].clamp_min(1)
     if own == "pmi":
-        alone, nowhere = [unconditional(q) for q in questions], [-1] * len(questions)
-        other = likelihoods("read unconditional", setup, alone, completions, nowhere)["loglik"]
+        alone = [unconditional(q) for q in questions]
+        other = likelihoods("read unconditional", setup, alone, completions, ())["loglik"]
         score = score - other.nan_to_num(neginf=0.0)
     row = {q.id: i for i, q in enumerate(questions)}
-    return Asked(row, score, reading["prompt_state"], reading["item_state"])
+    return Asked(row, score, said["prompt_state"], said["item_state"])
 
 
 def judgement(setup: Setup, name: str, part: list[Item], questions: list[Question], examples) -> Tensor:
@@ -607,10 +604,10 @@ def judgement(setup: Setup, name: str, part: list[Item], questions: list[Questio
     it [D1]; examples: pairs of Item and Question."""
     before = "".join(f"{judged(item, q)} {item.label}\n\n" for item, q in examples)
     prompts = [before + judged(item, q) for item, q in zip(part, questions)]
-    completions, nowhere = [[" 0", " 1"]] * len(part), [-1] * len(part)
+    completions = [[" 0", " 1"]] * len(part)
     if name == "labelled":
         setup.stages.tell(f"3 judge    {prompts[0]!r:.200} + one of {completions[0]}")
-    return likelihoods(f"read {name} judge", setup, prompts, completions, nowhere)["loglik"]
+    return likelihoods(f"read {name} judge", setup, prompts, completions, ())["loglik"]
 
 
 def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split,
@@ -619,10 +616,10 @@ def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question],
     [D1]; the own label of an item is 1 if the candidate it shows is that answer."""
     row = [said.row[q.id] for q in questions]
     column = torch.tensor(columns_shown(part, questions))                                   # (n,)
-    score, prompt_state, shown = said.score[row], said.prompt_state[row], said.option_state[row, column]
+    score, prompt_state, at_option = said.score[row], said.prompt_state[row], said.option_state[row, column]
     # where the item's text ends: a yes/no question is itself the item
     whole = torch.tensor([item.text == prompt(q) for item, q in zip(part, questions)])
-    item_state = torch.where(whole[:, None, None], prompt_state, shown)
+    item_state = torch.where(whole[:, None, None], prompt_state, at_option)
     if setup.config.own == "judge":
         examples = [(item, parts.question[item.question_id]) for item in parts.examples]
         score, column = judgement(setup, name, part, questions, examples), torch.ones_like(column)
@@ -662,7 +659,10 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     parts = split(setup, seed)
     supervised, out = supervise(setup, parts, seed), {}
     examples = [parts.question[item.question_id] for item in parts.examples]
-    said = asked(setup, setup.task.train + setup.task.test, examples)
+    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in examples)
+    first = parts.question[parts.labelled[0].question_id]
+    setup.stages.tell(f"3 prompt   {before + prompt(first)!r:.200} + one of {options_of([first])[0]}")
+    said = ask(setup, setup.task.train + setup.task.test, before)
     for name, part in zip(("labelled", "transfer", "test"), parts):
         questions = [parts.question[item.question_id] for item in part]
         elicited = elicit(setup, name, part, questions, parts, said)
@@ -1056,8 +1056,9 @@ def labels_of(method: str, setup: Setup, prep: Prepared, known: Known, s: Select
 
 
 def learnt(config: Config, labels: Tensor) -> Tensor:
-    """labels as a student is given them: P(y = 1), or 1 where it exceeds 1/2 and else 0; NaN stays [D20]."""
-    if config.labels == "soft":
+    """labels as a student is given them: P(y = 1), or 1 where it exceeds 1/2 and else 0; NaN stays. By soft
+    ones, unsure as a weak model is, a student that answers unlearns how sure it was [D20]."""
+    if config.labels == "soft" or config.labels == "auto" and config.student == "classifier":
         return labels
     return torch.where(labels.isnan(), labels, (labels > 0.5).float())
 
@@ -1202,7 +1203,7 @@ def run(config: Config) -> dict:
     except OSError as error:
         raise DataError(f"--out {config.out}: {error.strerror}; choose another folder") from None
     if config.device.startswith("cuda"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)    # with warn_only attention would not be
         torch.utils.deterministic.fill_uninitialized_memory = False
     check_device(config.device)
@@ -1332,7 +1333,7 @@ def log_confidence(p: Tensor, w: Tensor, fraction: float, a_max: float = 0.5, ra
 
 def product(p: Tensor, w: Tensor, fraction: float) -> Tensor:
     """Target: student times weak probability, renormalised, at every fraction of the steps alike (Lang et al.
-    2025, arXiv 2501.13124)."""
+    2025, arXiv 2501.13124); of hard labels these labels, naive's."""
     yes, no = p * w, (1 - p) * (1 - w)
     return yes / (yes + no).clamp_min(1e-12)
 

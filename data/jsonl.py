@@ -189,7 +189,7 @@ TEXTS = ("question_id", "text", "candidate")        # of a row: what the arrays 
 
 
 def label_rows(run: dict) -> list[dict]:
-    """labels.jsonl of one seed, a row per item of D_u: the labels that `selective` is trained on, and what
+    """labels.jsonl of one seed, a row per item of D_u: the soft labels of `selective`, and what
     they were made of. run: selw2s.record's; (n_u,) float32 arrays come as their shortest decimals, so that
     they are the same float32 again when read.
 

@@ -46,7 +46,7 @@ def timed(f):
     return clock() - start
 
 
-def compare(name, ours, theirs, repeats):
+def compare(name, ours, theirs, repeats, device=None):
     """Print the median seconds of both and the ratio over alternating runs; name: WHAT / PEER (remark)."""
     ours(), theirs()        # once for the allocator and the thread pools
     pairs = [(timed(ours), timed(theirs)) for _ in range(repeats)]
@@ -56,16 +56,11 @@ def compare(name, ours, theirs, repeats):
           f"({min(ratios):.2f} ... {max(ratios):.2f}, n = {repeats})", flush=True)
     if KEEP:
         what, peer = name.split(" (")[0].split(" / ")
-        faster = sorted(1 / ratio for ratio in ratios)
-        keep_speed({"what": what, "peer": peer, "device": device(), "unit": "s", "ours": a, "theirs": b,
+        faster, here = sorted(1 / ratio for ratio in ratios), f"CPU, {torch.get_num_threads()} threads"
+        keep_speed({"what": what, "peer": peer, "unit": "s", "ours": a, "theirs": b,
                     "times": [statistics.median(faster), faster[0], faster[-1]], "pairs": repeats,
+                    "device": device or here,
                     "command": shlex.join(["python", "tests/bench_graph.py", *sys.argv[1:]])})
-
-
-def device():
-    if "gpu" in sys.argv:
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def gaussian(n, d):
@@ -169,7 +164,8 @@ def gpu(repeats):
         for tile in (torch.float32, torch.bfloat16):
             name = str(tile).removeprefix("torch.")
             compare(f"knn {n} x {d}, {name} tiles / torch.mm + topk ({agree:.4%} same)",
-                    waited(lambda: graph.knn(x, K, tile=tile)), waited(theirs), repeats)
+                    waited(lambda: graph.knn(x, K, tile=tile)), waited(theirs), repeats,
+                    torch.cuda.get_device_name())
     found = graph.knn(gaussian(100_000, 8).cuda(), K)
     S, Y = graph.normalise(graph.affinity(*found)), torch.rand(100_000, 2, device="cuda")
     for alpha in (0.9, 0.99):

@@ -49,14 +49,15 @@ STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "grap
             "selective", "fused")
 RECIPES = ("naive", "ensemble", "raven", "two-stage", "label-model")
 ANSWER = ("--student", "answer")
+SOFT = (*ANSWER, "--labels", "soft")
 REAL = {            # the same for the real pair; a run that was not made is "not measured" in the tables
     "sciq-classifier": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS),
                         ("result.json", "items.npz", *FIGURES)),
     "sciq-answer": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER),
                     ("result.json", "items.npz", *FIGURES)),
-    "sciq-answer-hard": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER, "--labels", "hard"),
+    "sciq-answer-soft": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *SOFT),
                          ("result.json", "items.npz", *FIGURES)),
-    "sciq-supervisors": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", *RECIPES, *ANSWER,
+    "sciq-supervisors": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", *RECIPES, *SOFT,
                           "--weak-seeds", "3"), ("result.json", "main.svg")),
     "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
                      ("result.json", "items.npz", *FIGURES)),
@@ -380,36 +381,29 @@ def verdict(result: dict, other: str) -> str:
 
 SAID = {"weak": "weak", "zero-shot": "the strong model untouched (zero-shot)", "naive": "naive",
         "self-only": "its own answers alone (self-only)", "selective": "**selective**",
+        "fused": "fused (beyond the paper)",
         "strong-on-D_l": "the strong model finetuned on the labelled half (strong-on-D_l)",
         "ceiling": "ceiling"}
 
 
 def found(name: str) -> str:
-    """What one run of the real pair found; "" if it was not made."""
+    """What one run of the real pair found, as it came out."""
     result = kept(name)
-    if not result:
-        return ""
-    config, untrained = result["config"], ("weak", "zero-shot")
-    how = f"--student {config['student']} --labels {config.get('labels', 'soft')}"
-    cells = [f"{title} {cell(result, m)}" for m, title in SAID.items() if m not in untrained]
-    told = (f"{verdict(result, other)} ({difference(result, 'selective', other)})"
-            for other in ("naive", "zero-shot"))
-    return (f"With `{how}` ([result](data/results/{name}/result.json)): {', '.join(cells)}; selective is "
-            f"{' and '.join(told)}.")
+    config, seeds, n = result["config"], len(result["seeds"]), result["metrics"]["test_items"]
+    labels = config.get("labels", "auto")
+    how = f"--student {config['student']}" + (f" --labels {labels}" if labels != "auto" else "")
+    cells = ", ".join(f"{title} {cell(result, m)}" for m, title in SAID.items())
+    told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
+                        for other in ("naive", "zero-shot"))
+    return (f"**{name.split('-')[0]}**, `{how}`, {n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}: "
+            f"{cells}. Selective is {told}. [Result](data/results/{name}/result.json), made by "
+            f"`{result['command']}`.")
 
 
 def finding(_: str) -> str:
-    """What the method did on real data, as it came out, a paragraph per kind of student and labels."""
-    names = [name for name in REAL if name.startswith("sciq-") and name in SELECTIVE and kept(name)]
-    if not names:
-        return "On real data: not measured yet (`python tests/make_results.py --run sciq-answer`)."
-    first = kept(names[0])
-    seeds, n = len(first["seeds"]), first["metrics"]["test_items"]
-    cells = [f"{SAID[m]} {cell(first, m)}" for m in ("weak", "zero-shot")]
-    head = (f"On official SciQ ({n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}; real models, 135M "
-            f"and 268M parameters): {', '.join(cells)}.")
-    made = f"Made by {commands(['sciq-classifier']).strip()!r} and these flags.".replace("'", "`")
-    return "\n\n".join([head, *map(found, names), made])
+    """What the method did on real data with the default flags, a paragraph per run."""
+    names = [name for name in SELECTIVE if kept(name) and not name.endswith("-soft")]
+    return "\n\n".join(map(found, names)) or "On real data: not measured."
 
 
 def estimates_table(first: int | None = None) -> str:

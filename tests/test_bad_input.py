@@ -434,6 +434,9 @@ FLAGS = {
     "unknown method": (r"--methods: invalid choice: 'best'", lambda b: b.flag("--methods", "best")),
     "unknown dtype": (r"--dtype: invalid choice: 'int8'", lambda b: b.flag("--dtype", "int8")),
     "unknown analysis": (r"--analysis: invalid choice: 'x'", lambda b: b.flag("--analysis", "x")),
+    "analysis that needs a weak model": (r"cross-task needs --weak MODEL, which labels the other", lambda b: (
+        b.argv.clear(), b.flag("--task", str(b.task), "--strong", str(b.folder / "strong"), "--out",
+                               str(b.out), "--analysis", "cross-task"))),
     "analysis that needs the probe": (r"cross-task needs --weak MODEL, .* and --route probe",
                                       lambda b: b.flag("--analysis", "cross-task", "--route", "belief")),
     **{f"--{name}={value}": (rf"--{name}\b", lambda b, flag=f"--{name}={value}": b.flag(flag))

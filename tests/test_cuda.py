@@ -2,6 +2,8 @@
 
 Run: pytest tests/test_cuda.py (a minute; it needs the demo's files alone).
 """
+import os
+
 import pytest
 import torch
 
@@ -11,6 +13,15 @@ import selw2s
 from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"      # as selw2s.run; it counts when cuBLAS is first used
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """As selw2s.run: what has no deterministic algorithm raises."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def both(dtype=torch.float32):
@@ -75,7 +86,7 @@ def test_graph():
 
 
 def test_a_run(tiny, tmp_path):
-    """All methods; the same bits with a cache of its own, and accuracies as on the CPU but for rounding."""
+    """All methods; the same bits with a cache of its own; the untouched model as on the CPU."""
     flags = ("--methods", "all", "--weak-seeds", "2")
     first, second, cpu = (
         selw2s.run(selw2s.parse([*tiny, *flags, "--out", str(tmp_path / name), "--device", device]))

@@ -54,7 +54,8 @@ def computed(folder: Path, device: str = "cpu", spreads: bool = False) -> dict[s
     out = {"hidden": hidden_at(models["tied"], texts, batch_tokens=50)}
     reading = read(models["own"], [c.prompt for c in choices], [c.options for c in choices],
                    [c.shown for c in choices], layers=(1, None), batch_tokens=70)
-    out |= {f"read.{name}": x for name, x in reading._asdict().items()}
+    every = read(models["own"], [c.prompt for c in choices], [c.options for c in choices], batch_tokens=70)
+    out |= {f"read.{name}": x for name, x in reading._asdict().items()} | {"read.every": every.item_state}
     x = torch.randn(61, 8, generator=g).to(device)
     x[40:] = x[7]       # copies: ties to the lower index
     out["neighbours"], out["similarity"] = selw2s.neighbours(x, 5)
@@ -76,7 +77,7 @@ def kept(folder: Path) -> torch.Tensor:
     network, _ = load(str(folder / "tied"))
     every = sum(x.numel() for x in network.params.values())
     state = {name: x.detach().clone() for name, x in network.params.items()}
-    learner = Learner(network, [[1, 2, 3], [2, 4]], "classifier", "full", 8, 1.0, "zero", torch.Generator())
+    learner = Learner(network, [[1, 2, 3], [2, 4]], "classifier", "full", 8, 1.0, torch.Generator())
     masters = sum(x.numel() for x in learner.trained.values())
     learner.shard(False)
     wide = spread(network, "cpu")
@@ -246,7 +247,7 @@ def test_a_killed_process_ends_the_run_with_a_line(tiny, tmp_path):
     again = launched(2, "selw2s.py", *tiny, *BRIEF, "--out", str(tmp_path / "out"))
     assert again.returncode == 0, again.stderr[-3000:]
     result = json.loads(next((tmp_path / "out").glob("*/*/result.json")).read_text())
-    assert [stage["cached"] for stage in result["stages"]] == [True] * 6 + [False]
+    assert [stage["cached"] for stage in result["stages"]] == [True] * 4 + [False]
 
 
 def test_a_wrong_flag_costs_one_line():

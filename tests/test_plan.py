@@ -168,7 +168,7 @@ def assert_peak_is_that_measured(source: str, tune: str, student: str, checkpoin
     weights = memory.held(network, devices if spread else 1)
     if tune == "read":
         heads, tails = [x.prompt for x in inputs], [x.options for x in inputs]
-        planned = memory.of_reading(network, weights, heads, tails, 3, max(map(len, tails)))
+        planned = memory.of_reading(network, weights, heads, tails, 3)
     else:
         planned = memory.of_finetuning(network, weights, inputs, settings, devices, spread)
     case = (source, dtype, settings, n, longest, spread)

@@ -438,8 +438,7 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
         part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
                 for n, (q, place) in enumerate(zip(questions, places))]
-        asked = selw2s.asked(setup, questions, [])
-        elicited = selw2s.elicit(setup, "test", part, questions, nothing, asked)
+        elicited = selw2s.elicit(setup, "test", part, questions, nothing, selw2s.ask(setup, questions))
         gold = right_option(setup.config, part, questions)
         inputs = selw2s.student_inputs(setup, part, questions)
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
@@ -488,7 +487,7 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
                  Question("b", "b", "", "is it red", ("no", "yes"), 0)]
     some = [Item("a/0", "a", "", 0, 0), Item("b/1", "b", "", 1, 0)]
     nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
-    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.asked(setup, questions, []))
+    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.ask(setup, questions))
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])
@@ -628,8 +627,8 @@ def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_
         return task if name == tiny[1] else task._replace(name=name, train=task.train[:-8])
     monkeypatch.setattr(selw2s, "load_task", load_task)
     result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "cross-task")
-    assert list(result["analysis"]) == [f"{a} -> {b}" for a in ("task", "sciq", "boolq")
-                                        for b in ("task", "sciq", "boolq")]
+    assert list(result["analysis"]) == [f"{a} -> {b}" for a in ("task.jsonl", "sciq", "boolq")
+                                        for b in ("task.jsonl", "sciq", "boolq")]
     said = capsys.readouterr().out
     assert "data      cosmosqa is left out: train.csv is missing, no download" in said
     assert "data      sciq: 88 train and 40 test questions" in said
@@ -638,7 +637,7 @@ def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_
 def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):
     """--labels hard: what a student is given, what is written of it, and nothing else, changes [D20]."""
     flags = ("--methods", "naive", "self-only", "confidence-only", "two-stage")
-    soft = go(tiny, tmp_path / "soft", *flags)
+    soft = go(tiny, tmp_path / "soft", *flags, "--labels", "soft")
     hard = go(tiny, tmp_path / "soft", *flags, "--labels", "hard")
     (a, b), names = (weights(soft), weights(hard)), ("weak", "self-only", "naive", "two-stage")
     assert [a[name] == b[name] for name in names] == [True, True, False, False]
@@ -652,6 +651,11 @@ def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):
             want = np.where(np.isnan(p), p, (p > 0.5).astype(p.dtype))
             np.testing.assert_array_equal(by_hand["hard"][key], want, err_msg=key)
     assert "confidence-only" in " ".join(by_hand["hard"])
+    answers = ("--methods", "naive", "--student", "answer")
+    auto = weights(go(tiny, tmp_path / "soft", *answers))
+    for which in ("soft", "hard"):
+        told = weights(go(tiny, tmp_path / "soft", *answers, "--labels", which))
+        assert (told["naive"] == auto["naive"]) == (which == "hard")
 
 
 def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path, monkeypatch):

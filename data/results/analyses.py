@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import DEMO, OFFICIAL
+from data import DEMO, OFFICIAL, DataError
 from data.results.metrics import accuracy, auroc, ece, hidden_truth, mean_of, own_right, right_option
 
 
@@ -41,7 +41,7 @@ def cross_task(setup, tasks: dict) -> dict:
     for seed in config.seeds:
         prepared, known = {}, {}
         for name, task in tasks.items():
-            mine = setup if name == config.task else kept_nowhere(setup)
+            mine = setup if task is setup.task else kept_nowhere(setup)
             prepared[name] = selw2s.prepare(mine._replace(task=task), seed)
             known[name] = selw2s.know(config, prepared[name], config.route)
         for a, b in product(tasks, tasks):
@@ -50,7 +50,7 @@ def cross_task(setup, tasks: dict) -> dict:
                 used = known[a]._replace(learn=known[a].predict(prepared[b].learn),
                                          transfer=known[a].predict(prepared[b].transfer), test=None)
             metrics = student_metrics(setup, prepared[b], used)
-            out.setdefault(f"{Path(a).stem} -> {Path(b).stem}", []).append(metrics)
+            out.setdefault(f"{Path(a).name} -> {Path(b).name}", []).append(metrics)
     return out
 
 
@@ -181,7 +181,7 @@ ANALYSES = {"cross-task": cross_task, "difficulty": difficulty, "sweep": sweep,
 
 def others(setup, names: list[str]) -> dict:
     """The tasks of these names, as all models can read them; one whose files cannot be had is left out, and
-    that is said."""
+    that is said. DataError if all are."""
     import selw2s
     config, out, tell = setup.config, {}, setup.stages.tell
     models = *(supervisor.model for supervisor in setup.supervisors), setup.strong
@@ -191,16 +191,21 @@ def others(setup, names: list[str]) -> dict:
             tell(f"data      {name} is left out: {task}")
         else:
             out[name], _ = selw2s.fitted(task, models, config, tell)
+    if not out:
+        raise DataError(f"--analysis cross-task: the files of none of {', '.join(names)} can be had")
     return out
 
 
 def analyse(setup) -> dict:
     """One analysis over all seeds: a printed table of means, the values per seed as the result."""
     import selw2s
-    config, tasks = setup.config, {setup.config.task: setup.task}
+    config, mine = setup.config, setup.config.task
+    if mine == DEMO[0]:
+        mine = DEMO[1]
+    tasks = {mine: setup.task}
     if config.analysis == "cross-task":
-        tasks |= others(setup, [name for name in (DEMO[1:] if config.task in DEMO else OFFICIAL)
-                                if name != config.task])
+        every = DEMO[1:] if mine in DEMO else OFFICIAL
+        tasks |= others(setup, [name for name in every if name != mine])
     out = ANALYSES[config.analysis](setup, tasks)
     print(f"\n{analysis_table(config.analysis, out)}")
     return out

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data.architecture import Config, tensors
 from data.checkpoint import is_norm
 from data.families import FAMILIES
-from data.results.work import RANK, asked, block, choices, matrices, parted, size, updates
+from data.results.work import RANK, scored, block, choices, matrices, parted, size, updates
 from model import BATCH_TOKENS, CELLS, HEAD_ROWS
 
 
@@ -104,15 +104,14 @@ def logit_bytes(network, states: int, copies: int) -> int:
 
 # ---- of a stage: the moment that takes most --------------------------------------------------------------
 
-def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[list], layers: int,
-               picked: int) -> Memory:
-    """model.read, in the blocks or at the logits; weights: bytes of both models; picked: of how many options
-    it gives the states, beside the prompt's."""
+def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[list], layers: int) -> Memory:
+    """model.read, in the blocks or at the logits; weights: bytes of both models."""
     c, width, budget = network.config, network.dtype.itemsize, BATCH_TOKENS[network.device.type]
     parts = parted(choices(heads, tails), budget)
-    most, states = (max(sum(map(of, part)) for part in parts) for of in (size, asked))
-    out = (1 + picked) * len(heads) * layers * c.width * width      # the states it gives, on the CPU
-    out *= network.device.type == "cpu"
+    most, states = (max(sum(map(of, part)) for part in parts) for of in (size, scored))
+    out = 0     # the states it gives, of the prompt and every option: in the machine's memory
+    if network.device.type == "cpu":
+        out = len(heads) * (1 + max(map(len, tails))) * layers * c.width * width
     return max(Memory(weights, activations=out + pass_bytes(c, most, layers + 1, width)),
                Memory(weights, activations=out + most * (layers + 1) * c.width * width,
                       logits=logit_bytes(network, states, 2)), key=Memory.peak)
@@ -155,8 +154,11 @@ def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: 
         learnt = 0 if offloaded else -(-learnt // devices)
     masters = Memory(weights + 4 * learnt, adam=8 * learnt)
     earlier = 4 * learnt * any(len(parts) > 1 for parts in steps)       # gradients of earlier micro-batches
-    moments = [masters._replace(gradients=earlier, activations=tokens * kept + cast,
-                                logits=logit_bytes(network, sum(map(asked, part)), 4)),
+    predicting = parted(inputs, BATCH_TOKENS[network.device.type])[0]
+    moments = [Memory(weights + made, activations=pass_bytes(c, sum(map(size, predicting)), 0, width),
+                      logits=logit_bytes(network, sum(map(scored, predicting)), 2)),
+               masters._replace(gradients=earlier, activations=tokens * kept + cast,
+                                logits=logit_bytes(network, sum(map(scored, part)), 4)),
                masters._replace(gradients=earlier, activations=tokens * backward + cast),
                masters._replace(gradients=4 * learnt, activations=tokens * under_way),
                masters._replace(weights=masters.weights + made)]

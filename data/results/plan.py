@@ -68,12 +68,12 @@ class Ledger:
         """As Stages: notes the stage; values of the right shapes, hidden states of width 0."""
         network, key = self.networks[depends[0]], digest(stage, *depends)
         if stage == "read":
-            heads, tails, pick, layers = depends[3:]
+            heads, tails, layers = depends[3:]
             items, options, read = len(heads), max(map(len, tails)), len(layers)
-            memory = of_reading(network, self.weights, heads, tails, read, 1 if pick else options)
-            scores, states = torch.zeros(items, options), torch.zeros(items, read, 0)
-            values = dict(loglik=scores, option_tokens=scores, prompt_state=states,
-                          item_state=states if pick else torch.zeros(items, options, read, 0))
+            memory = of_reading(network, self.weights, heads, tails, read)
+            scores = torch.zeros(items, options)
+            values = dict(loglik=scores, option_tokens=scores, prompt_state=torch.zeros(items, read, 0),
+                          item_state=torch.zeros(items, options, read, 0))
         else:
             settings, inputs, _, _, ask, _ = depends[3:]
             items, memory = len(inputs), of_finetuning(
@@ -105,6 +105,8 @@ def stages_of(setup) -> list[Row]:
                 selected = selw2s.Selected(*[labels] * len(selw2s.Selected._fields))
                 selw2s.student(method, setup, prep, None, selected)
         for method, times in EXTRA[config.analysis].items():
+            if config.analysis == "cross-task" and config.task.endswith(".jsonl"):
+                times = 16      # beside the three official ones
             for _ in range(times):
                 selw2s.finetuned(method, setup, setup.strong, inputs, ledger.made_up(len(inputs)), ask, seed)
     return ledger.rows

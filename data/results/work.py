@@ -40,7 +40,7 @@ def size(x) -> int:
     return len(x) if isinstance(x, list) else len(x.prompt) + sum(map(len, x.options))
 
 
-def asked(x) -> int:
+def scored(x) -> int:
     """States of an input that get logits: the end of a Choice's prompt, and each option's tokens but the
     last; none of a sequence."""
     return 0 if isinstance(x, list) else 1 + sum(map(len, x.options)) - len(x.options)
@@ -81,7 +81,7 @@ def looks(c: Config, lengths: list[int], kept: bool, least: float) -> int:
 
 def logits(c: Config, inputs: list) -> int:
     """Of the classifier, or of the logits of Choices."""
-    return sum(2 * c.width * (2 if isinstance(x, list) else asked(x) * c.vocab) for x in inputs)
+    return sum(2 * c.width * (2 if isinstance(x, list) else scored(x) * c.vocab) for x in inputs)
 
 
 def passed(network, inputs: list, tune: str, *, backward: bool = False, again: bool = False) -> int:
