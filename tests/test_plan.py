@@ -327,8 +327,9 @@ def test_the_hours_are_operations_by_speed():
 
 
 @pytest.mark.slow
-def test_several_devices_share_masters_gradients_and_moments(weightless, capsys):
+def test_several_devices_share_masters_gradients_and_moments(weightless, capsys, monkeypatch):
     """Both models are whole on each: only what is trained in float32 is shared, or goes to the CPU."""
+    monkeypatch.setitem(memory.BATCH_TOKENS, "cuda", 64)    # or these models would need most to predict
     def naive(*flags):
         return selw2s.plan(selw2s.parse([*weightless, "--device", "cuda", "--plan", *flags]))[-1]
     one, four, offloaded = naive(), naive("4"), naive("4", "--offload", "1")
