@@ -574,7 +574,7 @@ def untied(belief: Tensor, questions: list[Question]) -> Tensor:
     return out
 
 
-class Asked(NamedTuple):
+class Said(NamedTuple):
     """What the pretrained strong model says of Q questions, O options."""
     row: dict[str, int]     # of a question's id
     score: Tensor           # (Q, O) float64, of each option [D1]
@@ -582,21 +582,21 @@ class Asked(NamedTuple):
     option_state: Tensor    # (Q, O, R, C)
 
 
-def ask(setup: Setup, questions: list[Question], before: str = "") -> Asked:
+def read_questions(setup: Setup, questions: list[Question], before: str = "") -> Said:
     """3a. One pass over questions, each after the solved examples `before` [D2]. Of all questions of the
     task, without examples, it is the same for all seeds."""
     own, completions = setup.config.own, options_of(questions)
-    said = likelihoods("read", setup, [before + prompt(q) for q in questions], completions,
-                       layers_read(setup.strong))
-    score = said["loglik"]
+    reads = likelihoods("read", setup, [before + prompt(q) for q in questions], completions,
+                        layers_read(setup.strong))
+    score = reads["loglik"]
     if own == "mean":
-        score = score / said["option_tokens"].clamp_min(1)
+        score = score / reads["option_tokens"].clamp_min(1)
     if own == "pmi":
         alone = [unconditional(q) for q in questions]
         other = likelihoods("read unconditional", setup, alone, completions, ())["loglik"]
         score = score - other.nan_to_num(neginf=0.0)
     row = {q.id: i for i, q in enumerate(questions)}
-    return Asked(row, score, said["prompt_state"], said["item_state"])
+    return Said(row, score, reads["prompt_state"], reads["item_state"])
 
 
 def judgement(setup: Setup, name: str, part: list[Item], questions: list[Question], examples) -> Tensor:
@@ -611,7 +611,7 @@ def judgement(setup: Setup, name: str, part: list[Item], questions: list[Questio
 
 
 def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split,
-           said: Asked) -> Elicited:
+           said: Said) -> Elicited:
     """3b. The option with the largest log-likelihood given the question is the strong model's own answer
     [D1]; the own label of an item is 1 if the candidate it shows is that answer."""
     row = [said.row[q.id] for q in questions]
@@ -662,7 +662,7 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in examples)
     first = parts.question[parts.labelled[0].question_id]
     setup.stages.tell(f"3 prompt   {before + prompt(first)!r:.200} + one of {options_of([first])[0]}")
-    said = ask(setup, setup.task.train + setup.task.test, before)
+    said = read_questions(setup, setup.task.train + setup.task.test, before)
     for name, part in zip(("labelled", "transfer", "test"), parts):
         questions = [parts.question[item.question_id] for item in part]
         elicited = elicit(setup, name, part, questions, parts, said)
@@ -1056,8 +1056,7 @@ def labels_of(method: str, setup: Setup, prep: Prepared, known: Known, s: Select
 
 
 def learnt(config: Config, labels: Tensor) -> Tensor:
-    """labels as a student is given them: P(y = 1), or 1 where it exceeds 1/2 and else 0; NaN stays. By soft
-    ones, unsure as a weak model is, a student that answers unlearns how sure it was [D20]."""
+    """labels as a student is given them: P(y = 1), or 1 where it exceeds 1/2 and else 0; NaN stays [D20]."""
     if config.labels == "soft" or config.labels == "auto" and config.student == "classifier":
         return labels
     return torch.where(labels.isnan(), labels, (labels > 0.5).float())

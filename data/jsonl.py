@@ -189,9 +189,9 @@ TEXTS = ("question_id", "text", "candidate")        # of a row: what the arrays 
 
 
 def label_rows(run: dict) -> list[dict]:
-    """labels.jsonl of one seed, a row per item of D_u: the soft labels of `selective`, and what
-    they were made of. run: selw2s.record's; (n_u,) float32 arrays come as their shortest decimals, so that
-    they are the same float32 again when read.
+    """labels.jsonl of one seed, a row per item of D_u: the soft labels of `selective`, and what they were
+    made of. run: selw2s.record's; (n_u,) float32 arrays come as their shortest decimals, so that they are the
+    same float32 again when read.
 
     weak: P(y = 1) by supervisor, null where one abstains. source: own, where routed; else smoothed, or weak
     where smoothing is off. refined: the smoothed weak label, of routed items too. label: P(y = 1), own where

@@ -389,15 +389,15 @@ SAID = {"weak": "weak", "zero-shot": "the strong model untouched (zero-shot)", "
 def found(name: str) -> str:
     """What one run of the real pair found, as it came out."""
     result = kept(name)
-    config, seeds, n = result["config"], len(result["seeds"]), result["metrics"]["test_items"]
-    labels = config.get("labels", "auto")
-    how = f"--student {config['student']}" + (f" --labels {labels}" if labels != "auto" else "")
+    methods, seeds, n = result["metrics"]["methods"], len(result["seeds"]), result["metrics"]["test_items"]
+    best = max((m for m in SAID if m != "ceiling"), key=lambda m: methods[m]["accuracy"])
+    how = f"--student {result['config']['student']}"
     cells = ", ".join(f"{title} {cell(result, m)}" for m, title in SAID.items())
     told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
                         for other in ("naive", "zero-shot"))
     return (f"**{name.split('-')[0]}**, `{how}`, {n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}: "
-            f"{cells}. Selective is {told}. [Result](data/results/{name}/result.json), made by "
-            f"`{result['command']}`.")
+            f"{cells}. Selective is {told}. The most accurate without D_u's truth: {best}. "
+            f"[Result](data/results/{name}/result.json), made by `{result['command']}`.")
 
 
 def finding(_: str) -> str:

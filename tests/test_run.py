@@ -438,7 +438,8 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
         part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
                 for n, (q, place) in enumerate(zip(questions, places))]
-        elicited = selw2s.elicit(setup, "test", part, questions, nothing, selw2s.ask(setup, questions))
+        said_of = selw2s.read_questions(setup, questions)
+        elicited = selw2s.elicit(setup, "test", part, questions, nothing, said_of)
         gold = right_option(setup.config, part, questions)
         inputs = selw2s.student_inputs(setup, part, questions)
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
@@ -487,7 +488,7 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
                  Question("b", "b", "", "is it red", ("no", "yes"), 0)]
     some = [Item("a/0", "a", "", 0, 0), Item("b/1", "b", "", 1, 0)]
     nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
-    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.ask(setup, questions))
+    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.read_questions(setup, questions))
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])
@@ -502,6 +503,26 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
     depth, ids = strong.network.config.layers, strong.tokenizer.encode([selw2s.prompt(q) for q in questions])
     for r, layer in enumerate(dict.fromkeys((depth // 2, 3 * depth // 4, None))):
         torch.testing.assert_close(got.prompt_state[:, r], hidden_at(strong.network, ids, layer=layer))
+
+
+@pytest.mark.parametrize("shown", [0, 1, 2])
+def test_the_state_of_an_item_is_that_of_its_text(tiny, tmp_path, shown):
+    """Where the text of the item ends, the candidate it shows last; a yes/no question is the item [D14]."""
+    from data import YES_NO, Item, Question
+    from model import hidden_at
+    setup = set_up(tiny, tmp_path)
+    questions = [Question("a", "a", "", "Who is there?", ("one of us", "two", "nobody at all"), 1),
+                 Question("b", "b", "", "is it red", YES_NO, 0)]
+    texts = [selw2s.prompt(q) for q in questions]
+    texts[0] += selw2s.completion(questions[0], shown)
+    some = [Item(f"a/{shown}", "a", texts[0], shown, 0), Item("b/1", "b", texts[1], 1, 0)]
+    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
+    every = [Question("c", "c", "", "Which colour?", ("red", "blue"), 0), *questions[::-1]]
+    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.read_questions(setup, every))
+    strong = setup.strong
+    depth, ids = strong.network.config.layers, strong.tokenizer.encode(texts)
+    for r, layer in enumerate(dict.fromkeys((depth // 2, 3 * depth // 4, None))):
+        torch.testing.assert_close(got.item_state[:, r], hidden_at(strong.network, ids, layer=layer))
 
 
 @pytest.mark.slow
@@ -632,6 +653,10 @@ def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_
     said = capsys.readouterr().out
     assert "data      cosmosqa is left out: train.csv is missing, no download" in said
     assert "data      sciq: 88 train and 40 test questions" in said
+    monkeypatch.setattr(selw2s, "load_task", lambda name, *, data_dir: real(name, data_dir="/none"))
+    monkeypatch.setattr("data.official._download", lambda name, path: None)     # nothing comes
+    with pytest.raises(selw2s.DataError, match="files of none of sciq, boolq, cosmosqa can be had"):
+        go(tiny, tmp_path, "--methods", "weak", "--analysis", "cross-task", "--folds", "4")
 
 
 def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data.architecture import Config, tensors
 from data.checkpoint import is_norm
 from data.families import FAMILIES
-from data.results.work import RANK, scored, block, choices, matrices, parted, size, updates
+from data.results.work import RANK, block, choices, matrices, parted, scored, size, updates
 from model import BATCH_TOKENS, CELLS, HEAD_ROWS
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.cache import digest
 from data.architecture import configure
+from data.cache import digest
 from data.checkpoint import check_device
 from data.results.memory import Memory, held, of_finetuning, of_reading, shapes
 from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
@@ -28,7 +28,8 @@ PEAK = {        # operations a second by the data sheets: SXM, dense, float32 wi
 USED = 0.4      # of that: what a GPU reaches that is fed well
 FITTED = ("fused", "trust", "oracle")       # methods whose labels are fitted to values: here they have none
 EXTRA = {       # students that an analysis trains per seed beside those of --methods
-    "": {}, "cross-task": {"selective": 9}, "difficulty": {"selective": 3},
+    "": {}, "cross-task": {"selective": 9}, "cross-task of a file": {"selective": 16},
+    "difficulty": {"selective": 3},
     "sweep": {"route-only": 9, "graph-only": 19}, "representation": {"ceiling": 1, "naive": 1}}
 
 
@@ -94,6 +95,9 @@ def stages_of(setup) -> list[Row]:
                     bool(setup.config.spread))
     config = replace(setup.config, keep="")
     setup = setup._replace(config=config, stages=ledger)
+    analysis = config.analysis
+    if analysis == "cross-task" and config.task.endswith(".jsonl"):     # beside the three official tasks
+        analysis = "cross-task of a file"
     for seed in config.seeds:
         prep = selw2s.prepare(setup, seed)
         inputs, ask = prep.transfer.inputs, [prep.transfer.inputs, prep.test.inputs]
@@ -104,9 +108,7 @@ def stages_of(setup) -> list[Row]:
             elif method not in selw2s.ALWAYS:
                 selected = selw2s.Selected(*[labels] * len(selw2s.Selected._fields))
                 selw2s.student(method, setup, prep, None, selected)
-        for method, times in EXTRA[config.analysis].items():
-            if config.analysis == "cross-task" and config.task.endswith(".jsonl"):
-                times = 16      # beside the three official ones
+        for method, times in EXTRA[analysis].items():
             for _ in range(times):
                 selw2s.finetuned(method, setup, setup.strong, inputs, ledger.made_up(len(inputs)), ask, seed)
     return ledger.rows
