@@ -40,6 +40,13 @@ from data.families import FAMILIES
 from data.tokens import LoadError, Tokenizer, read_json
 
 
+# MKL picks a function's code at its first call. When several threads make that call at once, one of them may be
+# given code that is right to 1e-4 only (pytorch issue 188792): hence the first calls here, one element each.
+EXACT = ("cos", "sin", "tanh", "exp", "log", "sqrt")
+for function, dtype in itertools.product(EXACT, (torch.float32, torch.float64)):
+    getattr(torch, function)(torch.ones(1, dtype=dtype))
+
+
 class TrainError(ValueError):
     """A finetuning run or a reading that cannot go on: one line saying where, and what to do."""
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as M
+from conftest import ROOT
 from data import architecture as A
 from data import checkpoint as C
 
@@ -507,6 +508,15 @@ def test_same_seed_same_bits(tune, tiny):
     names = set(a.state()) - {"classifier.weight"}
     assert names == {"full": set(net.params), "head": set()}.get(tune, {k for k in names if ".lora_" in k})
     assert tune != "lora" or len(names) == 2 * 6 * 3
+
+
+def test_no_function_s_first_call_is_made_by_several_threads():
+    """pytorch issue 188792: one process in forty computed its first cosines, and all that followed, otherwise.
+    Of the functions that ATen gives to MKL, each that the program calls is called once at import."""
+    of_mkl = "acos asin atan cos erf erfc erfinv exp expm1 log log10 log1p log2 sin sqrt tan tanh".split()
+    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/results/*.py")]
+    called = set(re.findall(r"(?<!math)(?<!np)\.([a-z0-9]+)\(", "".join(f.read_text("utf-8") for f in files)))
+    assert {"cos", "sin"} < called & set(of_mkl) <= set(M.EXACT) <= set(of_mkl)
 
 
 def test_steps_are_those_of_a_plain_loop(tiny, steps):
