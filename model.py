@@ -40,18 +40,21 @@ from data.families import FAMILIES
 from data.tokens import LoadError, Tokenizer, read_json
 
 
-# MKL picks a function's code at its first call. When several threads make that call at once, one of them may be
-# given code that is right to 1e-4 only (pytorch issue 188792): hence the first calls here, one element each.
-EXACT = ("cos", "sin", "tanh", "exp", "log", "sqrt")
-for function, dtype in itertools.product(EXACT, (torch.float32, torch.float64)):
-    getattr(torch, function)(torch.ones(1, dtype=dtype))
-
-
 class TrainError(ValueError):
     """A finetuning run or a reading that cannot go on: one line saying where, and what to do."""
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
+
+OF_MKL = ("cos", "sin", "tanh", "exp", "log", "sqrt")
+
+
+def first_calls() -> None:
+    """MKL picks a function's code at its first call. When several threads make that call at once, one of them
+    may be given code that is right to 1e-4 only (pytorch issue 188792): hence one element each, before."""
+    for name, dtype in itertools.product(OF_MKL, (torch.float32, torch.float64)):
+        getattr(torch, name)(torch.ones(1, dtype=dtype))
+
 
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
     """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer);
@@ -59,6 +62,7 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
     folder = find(str(source))
     try:
         check_device(device)
+        first_calls()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan for every new shape, for seconds
         raw = read_json(folder / "config.json")
         config = configure(raw)

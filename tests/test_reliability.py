@@ -1,5 +1,5 @@
 """Kill it anywhere, start it again; damaged files, full disks, two runs at once, bad input.
-Run: pytest tests/test_reliability.py (50 s; with CI=1 the 20 kills too, 2 minutes)."""
+Run: pytest tests/test_reliability.py (40 s; with CI=1 the 20 kills too, a minute)."""
 import json
 import signal
 import subprocess
@@ -15,32 +15,55 @@ from conftest import ROOT, same_bits
 
 METHODS = ("--methods", "ceiling", "naive", "self-only", "selective")
 
-# The program with a bomb: the n-th write is cut short before, amid, or after the file is written or renamed.
-BOMB = """
-import os, signal, sys
+# The program, once for every point [n, where, seconds], in a child of one process that has torch loaded already.
+# It is killed in its n-th write, before, amid or after the file is written or renamed, or after so many seconds.
+# Printed per point: what it ended with, and the stages there.
+MORTAL = """
+import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
-import selw2s
+import selw2s, torch._dynamo
 from data import cache
-calls, real_save, real_replace = [0], cache.save_file, os.replace
+real_save, real_replace = cache.save_file, os.replace
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-def save(tensors, path, *rest):
-    calls[0] += 1
-    if calls[0] == {n} and {where!r} == "before":
-        die()
-    real_save(tensors, path, *rest)
-    if calls[0] == {n} and {where!r} == "middle":
-        os.truncate(path, os.path.getsize(path) // 2)
-        die()
-def replace(a, b):
-    if calls[0] == {n} and {where!r} == "written":
-        die()
-    real_replace(a, b)
-    if calls[0] == {n} and {where!r} == "renamed":
-        die()
-cache.save_file, os.replace = save, replace
-sys.exit(selw2s.main({argv!r}))
+def live(n, where):
+    writes = [0]
+    def save(tensors, path, *rest):
+        writes[0] += 1
+        if writes[0] == n and where == "before":
+            die()
+        real_save(tensors, path, *rest)
+        if writes[0] == n and where == "middle":
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+    def replace(a, b):
+        if writes[0] == n and where == "written":
+            die()
+        real_replace(a, b)
+        if writes[0] == n and where == "renamed":
+            die()
+    cache.save_file, os.replace = save, replace
+    with open(os.devnull, "w") as sys.stdout:
+        os._exit(selw2s.main({argv!r}))
+for n, where, seconds in {points!r}:
+    child = os.fork()
+    if not child:
+        live(n, where)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    there = os.listdir({out!r} + "/cache") if os.path.exists({out!r} + "/cache") else []
+    print(json.dumps([status, sorted(name for name in there if name[0] != ".")]), flush=True)
 """
+
+
+def deaths(argv, out, points) -> list:
+    """[exit code, stages there] of the program at every point, one after the other."""
+    script = MORTAL.format(root=str(ROOT), argv=argv, points=points, out=str(out))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def run(argv, **kwargs):
@@ -70,21 +93,15 @@ def unbroken(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("points", [
     [(2, "middle"), (4, "written")],
-    pytest.param([(n, where) for n in range(1, 6) for where in ("before", "middle", "written", "renamed")],
+    pytest.param([(1, where) for _ in range(5) for where in ("before", "middle", "written", "renamed")],
                  marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_goes_on(tiny, tmp_path, unbroken, points):
-    """One run, killed again and again: each start counts its writes, so the bomb moves through all stages."""
-    argv, finished = [*tiny, *METHODS, "--out", str(tmp_path)], 0
-    for n, where in points:
-        bomb = BOMB.format(root=str(ROOT), n=1 if len(points) > 2 else n, where=where, argv=argv)
-        child = subprocess.run([sys.executable, "-c", bomb], capture_output=True)
-        stages = list((tmp_path / "cache").glob("[!.]*"))
-        assert len(stages) >= finished                  # nothing finished is ever lost
-        finished = len(stages)
-        if child.returncode != -signal.SIGKILL:
-            assert child.returncode == 0, child.stderr  # all stages were done
-        else:
-            assert not list(tmp_path.glob("*/*/result.json"))
+    """One run, killed again and again: each start counts its writes, so the end moves through all stages."""
+    argv, finished = [*tiny, *METHODS, "--out", str(tmp_path)], set()
+    for status, stages in deaths(argv, tmp_path, [(n, where, None) for n, where in points]):
+        assert status == -signal.SIGKILL and finished <= set(stages)    # nothing finished is ever lost
+        finished = set(stages)
+    assert len(finished) == (4 if len(points) == 2 else 5) and not list(tmp_path.glob("*/*/result.json"))
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").glob("[!.]*")}
     assert run(argv).returncode == 0
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
@@ -94,13 +111,8 @@ def test_killed_at_any_write_it_goes_on(tiny, tmp_path, unbroken, points):
 @pytest.mark.slow
 def test_killed_at_random_times_it_goes_on(tiny, tmp_path, unbroken):
     argv = [*tiny, *METHODS, "--out", str(tmp_path)]
-    for i in range(12):
-        child = subprocess.Popen([sys.executable, "selw2s.py", *argv], cwd=ROOT, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE)
-        child.stdout.readline()                         # torch is loaded, the run begins
-        time.sleep(0.05 * i)
-        child.kill()
-        child.communicate()
+    ends = deaths(argv, tmp_path, [(0, "", 0.1 * i) for i in range(12)])
+    assert {status for status, _ in ends} <= {-signal.SIGKILL, 0} and ends[2][0] == -signal.SIGKILL
     assert run(argv).returncode == 0
     same(outcome(tmp_path), unbroken)
 
