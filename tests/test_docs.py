@@ -144,6 +144,7 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path):
     assert words(out) == words(shown)
 
 
+@pytest.mark.slow
 def test_the_text_of_the_world_is_shown():
     out = subprocess.run([sys.executable, "tests/make_demo.py", "--show"], cwd=ROOT, capture_output=True,
                          check=True)

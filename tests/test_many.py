@@ -1,4 +1,4 @@
-"""Several processes compute what one does. Run: pytest tests/test_many.py (half a minute; CI=1: a minute).
+"""Several processes compute what one does. Run: pytest tests/test_many.py (15 s; CI=1: two minutes).
 
 This file is also the program that torchrun starts: python tests/test_many.py FOLDER, see worker().
 """
@@ -116,7 +116,8 @@ def alone(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_compute_what_one_does(alone, processes):
     assert_same(alone, processes, "cpu", 1e-6, 1e-5)
 
@@ -204,7 +205,8 @@ def test_an_error_of_one_is_one_line_and_exit_code_2_of_all(tiny, tmp_path):
     assert not list((tmp_path / "out").glob("*/*/result.json"))
 
 
-@pytest.mark.parametrize("flags", [(), pytest.param(("--spread", "1"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--spread", "1")])
 def test_states_that_are_not_finite_are_one_line(tiny, tmp_path, flags):
     """Found at the first step, when all label the batch once more."""
     weak, place = tmp_path / "weak", tiny.index("--weak") + 1

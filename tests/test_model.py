@@ -511,11 +511,12 @@ def test_same_seed_same_bits(tune, tiny):
 
 
 def test_no_function_s_first_call_is_made_by_several_threads(monkeypatch):
-    """pytorch issue 188792: one process in forty computed its first cosines, and all that followed, otherwise.
+    """pytorch issue 188792: one process in forty computed its first cosines, and what followed, otherwise.
     Of the functions that ATen gives to MKL, load calls each that the program uses."""
     of_mkl = "acos asin atan cos erf erfc erfinv exp expm1 log log10 log1p log2 sin sqrt tan tanh".split()
     files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/results/*.py")]
-    called = set(re.findall(r"(?<!math)(?<!np)\.([a-z0-9]+)\(", "".join(f.read_text("utf-8") for f in files)))
+    source = "".join(file.read_text("utf-8") for file in files)
+    called = set(re.findall(r"(?<!math)(?<!np)\.([a-z0-9]+)\(", source))
     assert {"cos", "sin"} < called & set(of_mkl) <= set(M.OF_MKL) <= set(of_mkl)
     cosines, cos = [], torch.cos
     monkeypatch.setattr(torch, "cos", lambda x: cosines.append((x.dtype, x.numel())) or cos(x))

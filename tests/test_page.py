@@ -71,6 +71,7 @@ def test_labels_need_no_student_and_say_weak_without_smoothing(tiny, tmp_path):
     assert all(row["label"] == row["refined"] == row["weak"]["weak"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_merge_has_the_labels_of_its_runs(tiny, ran, tmp_path):
     flags = ("--methods", "naive", "selective", "--alpha", "0.5", "--k", "5", "--tau", "0.4")
     for seed in ("1", "0"):
@@ -280,6 +281,7 @@ const choose = (id, value) => {
 """
 
 
+@pytest.mark.slow
 def test_the_browser_sorts_and_filters(ran):
     rows = [row for row in json.loads(parsed(ran[1]).block)]
     got = in_browser(ran[1], READ + """

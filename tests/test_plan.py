@@ -343,6 +343,7 @@ def test_several_devices_share_masters_gradients_and_moments(weightless, capsys,
     assert naive("--spread", "1").memory == one.memory
 
 
+@pytest.mark.slow
 def test_a_model_of_72_billion_parameters_is_planned_at_once(weightless, tmp_path):
     config = Path(weightless[weightless.index("--strong") + 1]) / "config.json"
     config.write_text(json.dumps({

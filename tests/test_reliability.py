@@ -15,8 +15,8 @@ from conftest import ROOT, same_bits
 
 METHODS = ("--methods", "ceiling", "naive", "self-only", "selective")
 
-# The program, once for every point [n, where, seconds], in a child of one process that has torch loaded already.
-# It is killed in its n-th write, before, amid or after the file is written or renamed, or after so many seconds.
+# The program, once for every point (n, where, seconds), in a child of one process that has torch loaded:
+# killed in its n-th write, before, amid or after the file is written or renamed, or after so many seconds.
 # Printed per point: what it ended with, and the stages there.
 MORTAL = """
 import json, os, signal, sys, time
@@ -142,6 +142,7 @@ def test_interrupt_signal(tiny, tmp_path, unbroken):
     same(outcome(tmp_path), unbroken)
 
 
+@pytest.mark.slow
 def test_full_disk_loses_no_finished_stage(tiny, tmp_path, unbroken):
     """A file-size limit that the hidden states do not fit under stands in for the full disk."""
     import resource
@@ -179,6 +180,7 @@ def test_rerun_repeats_and_compares(tiny, tmp_path, capsys):
     assert selw2s.main(["--rerun", str(file), "--out", str(tmp_path / "b")]) == 2
 
 
+@pytest.mark.slow
 def test_rerun_computes_everything_again_and_leaves_the_compared_file(tiny, tmp_path):
     assert selw2s.main([*tiny, *METHODS, "--out", str(tmp_path)]) == 0
     file = next(tmp_path.glob("*/*/result.json"))

@@ -85,6 +85,7 @@ def test_switched_off_the_method_is_the_simpler_one_bit_for_bit(tiny, tmp_path, 
     assert w["selective"] == w[equal] and w["naive"] != w["self-only"]
 
 
+@pytest.mark.slow
 def test_route_only_and_graph_only_are_limits_too(tiny, tmp_path):
     w = weights(go(tiny, tmp_path, "--methods", "naive", "route-only", "graph-only", "selective",
                    "--alpha", "0"))
@@ -179,6 +180,7 @@ def test_other_batch_budgets_agree_to_1e_5(full, tiny, tmp_path, monkeypatch):
     assert differ > 10                                  # it did run otherwise
 
 
+@pytest.mark.slow
 def test_seeds_share_one_reading(tiny, tmp_path):
     """The questions that several seeds share are read once, and what each seed takes of it is its own."""
     both = go(tiny, tmp_path / "both", "--methods", "naive", "--seeds", "0", "1")
@@ -243,6 +245,7 @@ def test_missing_model_is_one_line(tiny, tmp_path, capsys):
     assert error.startswith("selw2s: ") and "nowhere" in error and "\n" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_console_that_cannot_print_a_character(encoding, tmp_path):
     """What it cannot print is escaped, on stdout (the configuration) and on stderr (the error)."""
@@ -279,9 +282,9 @@ def test_interrupt_is_one_line_and_130(tiny, tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------- own answers, P(IK), analyses
-@pytest.mark.parametrize("flags", [("--student", "answer"), ("--route", "both"), *slow(
+@pytest.mark.parametrize("flags", [("--student", "answer"), *slow(
     ("--own", "mean"), ("--own", "pmi"), ("--own", "judge"), ("--shots", "3"), ("--target", "soft"),
-    ("--anchors", "0"), ("--tune", "head"), ("--route", "belief"), ("--tune", "lora"),
+    ("--anchors", "0"), ("--tune", "head"), ("--route", "belief"), ("--route", "both"), ("--tune", "lora"),
     ("--protocol", "openai"))])
 def test_every_alternative_runs_and_changes_something(tiny, tmp_path, full, flags):
     fixed = ("--tau", "0.3", "--alpha", "0.5", "--k", "5")
@@ -463,6 +466,7 @@ def test_the_data_line_counts_options_that_repeat(tiny):
     assert "; 3 option(s) repeat another of their question and count once" in told[1]
 
 
+@pytest.mark.slow
 def test_sweep_smooths_on_the_middle_layer_alone_where_it_says_so(tiny, tmp_path, monkeypatch):
     from data.results import analyses
     seen, real = {}, analyses.student_metrics
@@ -637,6 +641,7 @@ def test_cross_task_keeps_no_model_of_another_task(tmp_path):
     assert folder.name.startswith("demo-sciq-weak-seed0-")
 
 
+@pytest.mark.slow
 def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_path, monkeypatch, capsys):
     """A file's questions beside sciq and boolq; cosmosqa's files cannot be had."""
     real = selw2s.load_task
@@ -659,6 +664,7 @@ def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_
         go(tiny, tmp_path, "--methods", "weak", "--analysis", "cross-task", "--folds", "4")
 
 
+@pytest.mark.slow
 def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):
     """--labels hard: what a student is given, what is written of it, and nothing else, changes [D20]."""
     flags = ("--methods", "naive", "self-only", "confidence-only", "two-stage")
@@ -683,6 +689,7 @@ def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):
         assert (told["naive"] == auto["naive"]) == (which == "hard")
 
 
+@pytest.mark.slow
 def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path, monkeypatch):
     """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""
     real = selw2s.elicit
@@ -697,6 +704,7 @@ def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path,
         assert all(0 <= m[f"ece_on_{part}"] <= 1 for m in row for part in ("easy", "hard"))
 
 
+@pytest.mark.slow
 def test_an_analysis_leaves_the_kept_students_alone(tiny, tmp_path):
     result = go(tiny, tmp_path, "--methods", "route-only", "--keep", "route-only", "--analysis", "sweep")
     folder, = (tmp_path / "students").iterdir()

@@ -52,12 +52,14 @@ def three(tiny, tmp_path_factory):
     return go(tiny, out, "--methods", "naive", "selective", *RECIPES, "--weak-seeds", "3"), out
 
 
+@pytest.mark.slow
 def test_with_one_supervisor_every_recipe_is_what_it_came_from(tiny, tmp_path):
     w = weights(go(tiny, tmp_path, "--methods", "naive", *RECIPES))
     assert w["ensemble"] == w["debate"] == w["raven"] == w["naive"]
     assert len({str(w[name]) for name in ("naive", "two-stage", "label-model")}) == 3
 
 
+@pytest.mark.slow
 def test_more_supervisors_leave_the_first_ones_methods_as_they_are(three, tiny, tmp_path):
     many, one = weights(three[0]), weights(go(tiny, tmp_path, "--methods", "naive", "selective"))
     for name in ("weak", "zero-shot", "naive", "selective"):
@@ -93,6 +95,7 @@ def test_several_models_are_several_supervisors_each_with_its_seeds(tiny, tmp_pa
     assert sum(stage["name"].startswith("cross-") for stage in result["stages"]) == 5  # the first one alone
 
 
+@pytest.mark.slow
 def test_the_work_ahead_foresees_every_stage_of_several_supervisors(tiny, tmp_path):
     from data.results.plan import ahead
     flags = ("--weak-seeds", "3", "--methods", "naive", *RECIPES)
@@ -317,6 +320,7 @@ def test_no_labels_and_no_weak_model_is_one_line(tiny, tmp_path, capsys):
     assert 'needs --weak MODEL, or "weak" labels' in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_path, monkeypatch):
     """Items and questions of D_u and test get other answers, the file's labels stay: nothing else moves."""
     argv, _ = annotated(tiny, tmp_path)
@@ -340,9 +344,10 @@ def test_poisoned_truth_with_labels_of_a_file_moves_the_ceiling_alone(tiny, tmp_
     assert {name for name in a if a[name] != b[name]} == {"ceiling"} and "raven" in a
 
 
-@pytest.mark.parametrize("flags", [("--protocol", "openai"), ("--shots", "2"), ("--student", "answer"),
-                                   ("--tune", "head"), ("--tune", "lora"), ("--own", "judge"),
-                                   ("--folds", "3"), ("--analysis", "difficulty"), ("--seeds", "0", "1")])
+@pytest.mark.parametrize("flags", [("--shots", "2"), *(
+    pytest.param(case, marks=pytest.mark.slow) for case in (
+        ("--protocol", "openai"), ("--student", "answer"), ("--tune", "head"), ("--tune", "lora"),
+        ("--own", "judge"), ("--folds", "3"), ("--analysis", "difficulty"), ("--seeds", "0", "1")))])
 def test_labels_of_a_file_go_with_every_flag(tiny, tmp_path, flags):
     """Hard votes of one annotator who never abstains, as integers."""
     def vote(row, i):
@@ -401,6 +406,7 @@ def test_titles_are_given_once():
     assert s.titled(["m", "m", "m #2", "m #2"]) == ["m", "m #2", "m #2 #2", "m #2 #3"]
 
 
+@pytest.mark.slow
 # ----------------------------------------------------------------------------------------------------- debate
 def test_every_supervisor_reads_its_own_transcript(tiny, tmp_path, monkeypatch):
     def debated(row, i):
@@ -471,6 +477,7 @@ def test_what_a_representation_lacks_is_the_dense_formula(n, c_s, c_w):
     assert lacking(strong, strong, y)[1] < error
 
 
+@pytest.mark.slow
 def test_representation_compares_weak_models(tiny, tmp_path):
     flags = [*tiny[:3], tiny[3], tiny[5], *tiny[4:]]
     result = go(flags, tmp_path, "--methods", "weak", "--analysis", "representation", "--seeds", "0", "1")

@@ -39,6 +39,7 @@ def test_every_process_makes_the_same_world():
     assert others == {" ".join(world.task(t).sha256 for t in TASKS)}
 
 
+@pytest.mark.slow
 def test_editions_tell_the_same_facts_in_other_words(text):
     other = make_demo.world_text(1)
     assert text != other and abs(len(text) - len(other)) < 0.05 * len(text)
@@ -149,6 +150,7 @@ def test_strong_model_knows_more_than_chance_and_not_the_tail():
     assert right[known].float().mean() > 0.6 > 0.4 > right[~known].float().mean()
 
 
+@pytest.mark.slow
 def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, capsys, text):
     monkeypatch.setattr(make_demo, "world_text", lambda edition: text[:400])
     monkeypatch.setattr(make_demo, "SHAPES", {"world": {
@@ -164,6 +166,7 @@ def test_build_twice_gives_the_same_files_and_learns(tmp_path, monkeypatch, caps
     assert net.config.width == 32 and tokenizer.decode(tokenizer.encode(text[:1])[0]) == text[0]
 
 
+@pytest.mark.slow
 def test_sciq_text_holds_no_train_or_test_question(shared):
     folder = str(shared / "data")
     lines = make_demo.sciq_text(folder)
