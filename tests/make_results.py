@@ -406,12 +406,12 @@ def finding(_: str) -> str:
     return "\n\n".join(map(found, names)) or "On real data: not measured."
 
 
-def estimates_table(first: int | None = None) -> str:
-    """What --plan says (tests/make_plan.py): of the README's commands, the first so many, or of all pairs."""
+def plans_table(_: str) -> str:
+    """What --plan says (tests/make_plan.py); the README's commands first."""
     head = ["task, weak -> strong", "flags", "tokens trained on or read", "operations", "devices",
             "GB on each", *PEAK]
     lines = [row_of(head), "|---" * len(head) + "|"]
-    for plan in json.loads((RESULTS / "plan.json").read_text("utf-8"))[:first]:
+    for plan in json.loads((RESULTS / "plan.json").read_text("utf-8")):
         pair = " -> ".join(plan[model].split("/")[1] for model in ("weak", "strong"))
         speeds = [plan["devices"] * USED * peak[plan["dtype"]] for peak in PEAK.values()]
         flags = f"`{plan['flags']}`" if plan["flags"] else ""
@@ -462,7 +462,7 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS
          "analysis": analysis_table, "representation": representation_table,
          "smoothing": smoothing_table, "choice": choice_table,
          "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
-         "estimates": lambda _: estimates_table(3), "plans": lambda _: estimates_table(),
+         "plans": plans_table,
          "growth": growth_table, "speed": speed_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
