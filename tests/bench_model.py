@@ -4,13 +4,15 @@ attention mask), and the share of model.py's time that its matrix products alone
 Run: python tests/bench_model.py [--pairs 5] [--threads 2] [--shapes gpt2 llama pair/gemma-3-270m ...]
                                  [--lengths sciq cosmosqa 24 96]
 Same weights, same process, runs of both in turn; a line gives the medians and the median ratio of the pairs.
-Hidden states: the last token's final state of `--items` items. Finetuning: forward, backward and Adam on the
+Hidden states: the last token's final state of `--items` items. Reading (of sciq): the log-likelihood of every
+option of `--items` questions, questions a second; transformers takes a sequence per option, 32 at a time, and
+logits where an option's tokens are predicted. Finetuning: forward, backward and Adam on the
 same batches of 32 in the same order, both sides timed from the end of their first step. A shape is a random
 model of that shape, or a directory: a real one. Limit: torch.mm on the shapes of every linear layer (not of
 attention), forward, and for finetuning twice backward, over the time of the whole. Lengths are those of real
 items of ../shared/data in GPT-2 tokens, or one number for all.
-`--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a
-given `--peak` (TFLOP/s). About 15 minutes on two idle cores.
+`--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a given `--peak` (TFLOP/s).
+`--profile`: the ten operations in which finetuning spends most. About 15 minutes on two idle cores.
 """
 import argparse
 import copy
@@ -49,25 +51,47 @@ SHAPES = {
 }
 
 
+def sciq() -> list[dict]:
+    """SciQ's training questions."""
+    with zipfile.ZipFile(SHARED / "data/sciq/SciQ.zip") as file:
+        return json.loads(file.read("SciQ dataset-2 3/train.json"))
+
+
+def tokens_of(texts: list[str]) -> list[int]:
+    """How many GPT-2 tokens each text has."""
+    tokenizer = Tokenizer.from_file(str(SHARED / "hub/tokenizers/gpt2/tokenizer.json"))
+    tokenizer.no_truncation()
+    return [len(e.ids) for e in tokenizer.encode_batch(texts)]
+
+
+def questions(items: int, vocab: int) -> tuple[list, list]:
+    """Prompts and their options in random tokens, as long as SciQ's."""
+    g = torch.Generator().manual_seed(2)
+
+    def drawn(sizes):
+        return [torch.randint(0, vocab, (n,), generator=g).tolist() for n in sizes]
+    asked = random.Random(0).sample(sciq(), items)
+    prompts = drawn(tokens_of([f"Q: {q['question']} A:" for q in asked]))
+    keys = ("correct_answer", "distractor1", "distractor2", "distractor3")
+    options = drawn(tokens_of([f" {q[key]}" for q in asked for key in keys]))
+    return prompts, [options[i:i + len(keys)] for i in range(0, len(options), len(keys))]
+
+
 def lengths(kind: str, items: int) -> list[int]:
     """Lengths of items in a random order."""
     if kind.isdigit():
         return [int(kind)] * items
     rng, texts = random.Random(0), []
     if kind == "sciq":
-        with zipfile.ZipFile(SHARED / "data/sciq/SciQ.zip") as file:
-            for q in json.loads(file.read("SciQ dataset-2 3/train.json")):
-                answer = rng.choice([q["correct_answer"], q["distractor1"], q["distractor2"],
-                                     q["distractor3"]])
-                texts.append(f"Q: {q['question']} A: {answer}")
+        for q in sciq():
+            answer = rng.choice([q["correct_answer"], q["distractor1"], q["distractor2"], q["distractor3"]])
+            texts.append(f"Q: {q['question']} A: {answer}")
     else:
         with open(SHARED / "data/cosmosqa/valid.csv", encoding="utf-8", newline="") as file:
             for q in csv.DictReader(file):
                 answer = q[f"answer{rng.randrange(4)}"]
                 texts.append(f"Context: {q['context']}\nQuestion: {q['question']}\nAnswer: {answer}")
-    tokenizer = Tokenizer.from_file(str(SHARED / "hub/tokenizers/gpt2/tokenizer.json"))
-    tokenizer.no_truncation()
-    return [len(e.ids) for e in tokenizer.encode_batch(rng.sample(texts, items))]
+    return tokens_of(rng.sample(texts, items))
 
 
 def pad(sequences, device):
@@ -78,10 +102,9 @@ def pad(sequences, device):
     return tokens.to(device), (torch.arange(tokens.shape[1], device=device) < n[:, None]).long(), n - 1
 
 
-
 class Theirs:
-    def __init__(self, net, fused):
-        self.net, self.fused = net, fused
+    def __init__(self, whole, fused):
+        self.net, self.head, self.fused = whole.base_model, whole.get_output_embeddings(), fused
 
     def last(self, sequences):
         tokens, mask, at = pad(sequences, self.net.device)
@@ -91,6 +114,21 @@ class Theirs:
     @torch.no_grad()
     def hidden(self, sequences):
         return torch.cat([self.last(sequences[a:a + 32]) for a in range(0, len(sequences), 32)])
+
+    @torch.no_grad()
+    def loglik(self, prompts, options):
+        """(Q, O): a sequence per option, logits at its tokens alone."""
+        pairs, out = [(p, o) for p, each in zip(prompts, options) for o in each], []
+        for a in range(0, len(pairs), 32):
+            part = pairs[a:a + 32]
+            tokens, mask, _ = pad([p + o for p, o in part], self.net.device)
+            x = self.net(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+            row = torch.tensor([i for i, (_, o) in enumerate(part) for _ in o])
+            at = torch.tensor([len(p) + j for p, o in part for j in range(len(o))])
+            logp = self.head(x[row, at - 1]).float().log_softmax(-1)
+            score = logp.gather(1, tokens[row, at][:, None])[:, 0]
+            out += [part.sum() for part in score.split([len(o) for _, o in part])]
+        return torch.stack(out).view(len(prompts), -1).double().cpu()
 
     def train(self, sequences, targets, seed, tick):
         head = torch.nn.Linear(self.net.config.hidden_size, 2, bias=False).to(self.net.device)
@@ -136,7 +174,17 @@ def products(net, packs: list[int], backward: bool):
                 torch.mm(out, w), torch.mm(out.T, into)
 
 
-def pairs(name, count, tokens, flops, a, clock, ours, theirs, limit):
+def head_products(net, prompts, options):
+    """The head's product on every state that predicts a token of an option, once each."""
+    states = sum(1 + sum(len(o) - 1 for o in each) for each in options)
+    head = net.embed.weight if net.head.weight is None else net.head.weight
+    step = max(1, M.CELLS[net.device.type] // len(head))
+    x = torch.randn(step, head.shape[1], device=net.device)
+    for a in range(0, states, step):
+        torch.mm(x[:states - a], head.T.float())
+
+
+def pairs(name, count, tokens, flops, a, clock, ours, theirs, limit, unit="tokens/s"):
     runs = (theirs, ours, lambda tick: limit())
     for run in runs:
         timed(run, a.device, clock)
@@ -144,10 +192,10 @@ def pairs(name, count, tokens, flops, a, clock, ours, theirs, limit):
     their, our, _ = (tokens / statistics.median(column) for column in zip(*seconds))
     ratios, limits = sorted(x / y for x, y, _ in seconds), sorted(z / y for _, y, z in seconds)
     used = f", {flops * our / a.peak / 1e10:.1f} % of peak" if a.peak else ""
-    print(f"{name:28s} transformers {their:9.0f}  model.py {our:9.0f} tokens/s  ratio "
+    print(f"{name:28s} transformers {their:9.0f}  model.py {our:9.0f} {unit}  ratio "
           f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {count} pairs){used}; "
           f"limit {statistics.median(limits):.2f} ({limits[0]:.2f} to {limits[-1]:.2f})", flush=True)
-    keep(name, "tokens/s", our, their, ratios, a, limit=statistics.median(limits))
+    keep(name, unit, our, their, ratios, a, limit=statistics.median(limits))
 
 
 def keep(name, unit, our, their, ratios, a, **more):
@@ -211,6 +259,21 @@ def both(shape: str, a):
         return M.load(folder, device=a.device, dtype=getattr(torch, a.dtype))[0], net
 
 
+def reading(shape, ours, theirs, a, clock):
+    """Questions a second, the log-likelihood of every option."""
+    prompts, options = questions(a.items, ours.config.vocab)
+    mine, its = M.read(ours, prompts[:16], options[:16]).loglik, theirs.loglik(prompts[:16], options[:16])
+    assert (mine - its).abs().max() < (1e-3 if a.dtype == "float32" else 1), (mine - its).abs().max()
+    sizes = [[0] * (len(p) + sum(map(len, each))) for p, each in zip(prompts, options)]
+
+    def limit():
+        products(ours, packs(sizes, a.batch_tokens), False)
+        head_products(ours, prompts, options)
+    pairs(f"{shape} sciq reading", a.pairs, len(prompts), 0, a, clock,
+          lambda tick: M.read(ours, prompts, options, batch_tokens=a.batch_tokens),
+          lambda tick: theirs.loglik(prompts, options), limit, "questions/s")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pairs", type=int, default=5)
@@ -225,6 +288,7 @@ def main():
     p.add_argument("--train-tokens", type=int, default=M.TRAIN_TOKENS)
     p.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype")
     p.add_argument("--fused-adam", action="store_true", help="give transformers the fused Adam as well")
+    p.add_argument("--profile", action="store_true", help="the ten operations that finetuning spends most on")
     p.add_argument("--keep", action="store_true", help="rows into data/results/speed.json")
     p.add_argument("--cpu-time", action="store_true",
                    help="count CPU seconds, for a machine that others use (one thread)")
@@ -238,7 +302,7 @@ def main():
             loading(shape, a)
         ours, net = both(shape, a)
         config = net.config
-        theirs = Theirs(net.base_model.eval().to(a.device, getattr(torch, a.dtype)), a.fused_adam or None)
+        theirs = Theirs(net.eval().to(a.device, getattr(torch, a.dtype)), a.fused_adam or None)
         start = copy.deepcopy(theirs.net.state_dict())
         weights = sum(x.numel() for name, x in ours.params.items() if name.startswith("layers"))
         for length in a.lengths:
@@ -258,6 +322,8 @@ def main():
                   lambda tick: M.hidden_at(ours, sequences, batch_tokens=a.batch_tokens),
                   lambda tick: theirs.hidden(sequences),
                   lambda: products(ours, packs(sequences, a.batch_tokens), False))
+            if length == "sciq":
+                reading(shape, ours, theirs, a, clock)
             timed_tokens = sum(len(sequences[i]) for rows in order[1:] for i in rows)
             pairs(f"{shape} {length} finetune", a.pairs, timed_tokens, 6 * weights, a, clock,
                   lambda tick: M.finetune(ours, sequences, targets, lr=1e-6, epochs=1, seed=0,
@@ -265,6 +331,11 @@ def main():
                   lambda tick: theirs.train(sequences, targets, 0, tick),
                   lambda: products(ours, [n for rows in order[1:] for n in packs(
                       [sequences[i] for i in rows], a.train_tokens)], True))
+            if a.profile:
+                with torch.profiler.profile() as profile:
+                    M.finetune(ours, sequences, targets, lr=1e-6, epochs=1, seed=0)
+                print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=10,
+                                                   max_name_column_width=50))
 
 
 if __name__ == "__main__":
