@@ -103,7 +103,8 @@ class Config:
     data_dir: str = flag("", "official files (default $SELW2S_DATA, then ~/.cache/selw2s)", metavar="DIR")
     spread: int = flag(0, "1: several processes (torchrun) share out the pretrained weights too",
                        choices=(0, 1))
-    offload: int = flag(0, "1: several processes keep what Adam holds in the CPU's memory", choices=(0, 1))
+    offload: int = flag(0, "1: several processes keep masters and moments in the CPU's memory",
+                       choices=(0, 1))
     merge: tuple = flag((), "one table of runs that differ in their seeds alone: their result.json files",
                         nargs="+", metavar="FILE")
     plan: int = flag(0, "print operations, memory and hours of the run, on one device or N, by config.json, "
@@ -344,7 +345,7 @@ class Setup(NamedTuple):
     """What all steps of a run share."""
     config: Config
     task: Task          # as all models can read it
-    supervisors: tuple[Supervisor, ...]     # those that are trained; none where the file brings weak labels
+    supervisors: tuple[Supervisor, ...]     # those that are trained; a task's file may bring more
     strong: Pretrained
     titles: list[str]   # of all supervisors: those that are trained, then those of the task's file
     stages: Stages      # finished ones on disk; tells of the others
@@ -455,7 +456,7 @@ class Supervised(NamedTuple):
     labelled: Tensor    # (n_l,) cross-fitted: the only weak labels that may be held against truth
     transfer: Tensor    # (n_u,) of the supervisor trained on all of D_l
     test: Tensor        # (n_test,) NaN where a file has none
-    weights: str        # hash of that supervisor
+    weights: str        # hash of that supervisor, or of a file's labels
     by_fold: Tensor     # (folds, n_u) D_u's labels by each of the cross-fitted supervisors
     every: Tensor       # (S, n_u) D_u's labels by every supervisor; NaN where one abstains
 
@@ -1020,17 +1021,18 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     return many.word(Selected(rule, tau, is_self, routed, refined, selective, smoothed_weak, chosen, alone))
 
 
-def homophily(transfer: Part, chosen: Smoothing) -> float:
+def homophily(transfer: Part, chosen: Smoothing, device: str) -> float:
     """Share of neighbours on the graph of D_u that share the truth; for metrics."""
-    index, _ = neighbours(transfer.item_state[:, chosen.layer], chosen.k)
+    index, _ = neighbours(transfer.item_state[:, chosen.layer], chosen.k, device)
     truth = hidden_truth(transfer)
-    return float((truth[index] == truth[:, None]).double().mean())
+    return float((truth[index.cpu()] == truth[:, None]).double().mean())
 
 
 # ------------------------------------------------------------------------------------------------ 7. Students
 class Predictions(NamedTuple):
     """What a method, trained or not, says of D_u and test."""
-    labels: Tensor | None       # (n_u,) what it was trained on, NaN: left out; None: no one label per item
+    labels: Tensor | None       # (n_u,) what it was trained on (weak, zero-shot: its own), NaN: left out;
+                                # None: no one label per item
     transfer: Tensor            # (n_u,) P(y = 1)
     test: Tensor                # (n_test,) P(y = 1)
     weights: str                # hash of the trained tensors
@@ -1098,8 +1100,9 @@ def one_seed(setup: Setup, seed: int) -> dict:
     if c.before is None:
         tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}")
     else:
+        off = " (off: none is clearly better)" if c.alpha == 0 and config.alpha == "auto" else ""
         tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
-             f"{c.before:.3f} -> {c.after:.3f}" + ("" if c.alpha else " (off: no smoothing helps there)"))
+             f"{c.before:.3f} -> {c.after:.3f}{off}")
     transfer, test = prep.transfer, prep.test
     untouched = setup.strong.sha256
     done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.supervised.weights),
@@ -1108,7 +1111,7 @@ def one_seed(setup: Setup, seed: int) -> dict:
         if method not in done:
             done[method] = student(method, setup, prep, known, s)
             tell(f"7 student  {method}")
-    return record(setup, prep, routers, s, done, homophily(transfer, s.chosen_alone))
+    return record(setup, prep, routers, s, done, homophily(transfer, s.chosen_alone, config.device))
 
 
 def loaded(name: str, config: Config) -> Task | str:

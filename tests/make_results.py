@@ -401,7 +401,7 @@ def found(name: str) -> str:
 
 
 def finding(_: str) -> str:
-    """What the method did on real data with the default flags, a paragraph per run."""
+    """What the method did on real data, a paragraph per kind of student."""
     names = [name for name in SELECTIVE if kept(name) and not name.endswith("-soft")]
     return "\n\n".join(map(found, names)) or "On real data: not measured."
 

@@ -1,4 +1,4 @@
-"""Kill it anywhere, start it again; damaged files, full disks, two runs at once, bad input.
+"""Kill it anywhere, start it again; full disks, two runs at once, interrupts.
 Run: pytest tests/test_reliability.py (40 s; with CI=1 the 20 kills too, a minute)."""
 import json
 import signal

@@ -23,7 +23,7 @@ def student_metrics(setup, prep, known, method: str = "selective") -> dict:
     return {"seed": prep.seed, "auroc": auroc(p, right), "ece": ece(p, right),
             "tau": float(s.tau.double().mean()), "coverage": float(s.is_self.double().mean()),
             "label_accuracy": accuracy(out.labels, truth),
-            "homophily": selw2s.homophily(prep.transfer, s.chosen_alone),
+            "homophily": selw2s.homophily(prep.transfer, s.chosen_alone, setup.config.device),
             "accuracy": accuracy(out.test, hidden_truth(prep.test))}
 
 
