@@ -1100,7 +1100,7 @@ def one_seed(setup: Setup, seed: int) -> dict:
     if c.before is None:
         tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}")
     else:
-        off = " (off: none is clearly better)" if c.alpha == 0 and config.alpha == "auto" else ""
+        off = " (off: no smoothing helps there)" if c.alpha == 0 and config.alpha == "auto" else ""
         tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
              f"{c.before:.3f} -> {c.after:.3f}{off}")
     transfer, test = prep.transfer, prep.test

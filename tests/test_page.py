@@ -96,7 +96,7 @@ def test_transformers_finetunes_from_the_labels_alone(ran, tiny, tmp_path, monke
     pytest.importorskip("accelerate")
     readme = (ROOT / "data/README.md").read_text("utf-8")
     example = re.search(r"```python\n(.*?)```", readme, re.S)[1]
-    assert len(example.splitlines()) <= 10
+    assert len(example.splitlines()) <= 11
     strong = tmp_path / "strong"
     strong.mkdir()
     for file in Path(tiny[5]).iterdir():
@@ -112,7 +112,7 @@ def test_transformers_finetunes_from_the_labels_alone(ran, tiny, tmp_path, monke
     monkeypatch.setattr(transformers.Trainer, "compute_loss", spy)
     exec(example.replace("STRONG", repr(str(strong))), {})
     with np.load(ran[1] / "items.npz") as data:     # each label once in each of two epochs
-        trained_on = np.concatenate([data[f"seed{seed}/transfer/label/selective"] for seed in (0, 1)] * 2)
+        trained_on = np.concatenate([data["seed0/transfer/label/selective"]] * 2)
     np.testing.assert_array_equal(np.sort(np.array(used, np.float32)), np.sort(trained_on))
     student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert torch.isfinite(student.score.weight).all() and student.score.weight.shape == (1, 32)
