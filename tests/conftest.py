@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs when CI is set in the environment, or with -m slow")
+    if os.environ.get("CI"):
+        config.option.durations = 30        # where the minutes go
 
 
 def pytest_collection_modifyitems(config, items):
