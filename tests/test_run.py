@@ -79,10 +79,11 @@ def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeyp
 @pytest.mark.parametrize("flags, equal", [
     (("--tau", "1.01", "--alpha", "0"), "naive"), (("--tau", "0", "--alpha", "0"), "self-only"),
     (("--tau", "0"), "self-only")])
-def test_switched_off_the_method_is_the_simpler_one_bit_for_bit(tiny, tmp_path, flags, equal):
+def test_switched_off_the_method_is_the_simpler_one_bit_for_bit(tiny, tmp_path, flags, equal, capsys):
     result = go(tiny, tmp_path, "--methods", "naive", "self-only", "selective", *flags)
     w = weights(result)
     assert w["selective"] == w[equal] and w["naive"] != w["self-only"]
+    assert "--alpha" not in flags or "no smoothing helps" not in capsys.readouterr().out     # none was tried
 
 
 @pytest.mark.slow
