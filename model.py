@@ -66,8 +66,8 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan for every new shape, for seconds
         raw = read_json(folder / "config.json")
         config = configure(raw)
+        tokenizer = Tokenizer(folder, config.family, config.vocab)  # first: it gives memory back
         params, ignored = read_params(config, tensor_files(folder), device, dtype)
-        tokenizer = Tokenizer(folder, config.family, config.vocab)
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     except RuntimeError as error:
@@ -676,23 +676,24 @@ def predictions(student: "Student", inputs: list, batch_tokens: int | None = Non
 
 class Classifier:
     """The student that reads a sequence; head classifier.weight (2, C) on the final state of its last token
-    [D8]. state(): the trained tensors; made again from them, it is the same bit for bit."""
+    [D8], or on that state (C,) where it is given instead: all that a student of tune = "head" needs. state():
+    the trained tensors; made again from them, it is the same bit for bit."""
 
     def __init__(self, model: Transformer, state: dict[str, Tensor], *, lora_scale: float = 1.0):
         self.model, self._state = with_state(model, state, lora_scale)
 
-    def size(self, sequence: list[int]) -> int:
-        """Tokens of an input."""
-        return len(sequence)
+    def size(self, x: list[int] | Tensor) -> int:
+        """Tokens of an input; a state counts as one."""
+        return 1 if isinstance(x, Tensor) else len(x)
 
-    def log_p(self, sequences: list[list[int]]) -> Tensor:
+    def log_p(self, inputs: list) -> Tensor:
         """log P(y = 0), log P(y = 1), (B, 2) float32"""
-        tokens, lengths = pack(sequences, self.model.device)
-        last = torch.tensor(lengths, device=self.model.device).cumsum(0) - 1
-        return self.classify(self.model.packed(tokens, lengths, keep=last)[0])
-
-    def classify(self, x: Tensor) -> Tensor:
-        """log_p from final states x (B, C)"""
+        if isinstance(inputs[0], Tensor):
+            x = torch.stack(inputs).to(self.model.device)
+        else:
+            tokens, lengths = pack(inputs, self.model.device)
+            last = torch.tensor(lengths, device=self.model.device).cumsum(0) - 1
+            x = self.model.packed(tokens, lengths, keep=last)[0]
         return F.linear(x.float(), self._state["classifier.weight"]).log_softmax(-1)
 
     state, predict = trained_tensors, predictions
@@ -761,17 +762,17 @@ class Learner:
     def __init__(self, model: Transformer, inputs: list, student: str, tune: str, rank: int,
                  lora_scale: float, generator: torch.Generator):
         self.model, self.inputs, self.lora_scale = model, inputs, lora_scale
-        self.trained, self.used, self.features = {}, None, None
+        self.trained, self.used = {}, None
         if student == "classifier":
             head = torch.zeros(2, model.config.width, device=model.device)  # P(y = 1) = 1/2 [D8]
             self.trained["classifier.weight"] = nn.Parameter(head)
         self.trained |= trainable(model, tune, rank, generator)
         if student == "classifier" and tune == "full":
             self.train_used_rows()
+        if tune == "head" and not isinstance(inputs[0], Tensor):
+            self.inputs = list(hidden_at(model, inputs))
         self.student = STUDENTS[student](model, self.trained, lora_scale=lora_scale)
-        self.sizes = [self.student.size(x) for x in inputs]
-        if tune == "head":
-            self.features = hidden_at(model, inputs)
+        self.sizes = [self.student.size(x) for x in self.inputs]
 
     def train_used_rows(self) -> None:
         """Trains the rows of the embedding that the sequences use; ids count those. The others never get a
@@ -783,7 +784,7 @@ class Learner:
     def shard(self, offload: bool) -> None:
         """Of several processes each keeps its share of the masters, and of what Adam holds for them; a
         classifier stays whole on all."""
-        if many.size() == 1 or self.features is not None:
+        if many.size() == 1 or self.trained.keys() == {"classifier.weight"}:
             return
         network, masters = self.student.model, set(self.trained)
         for name in masters & set(network.params):  # or the whole ones would stay, beside their shares
@@ -793,8 +794,6 @@ class Learner:
 
     def log_p(self, indices: list[int]) -> Tensor:
         """log P(y = 0), log P(y = 1) of these inputs, (len(indices), 2) float32"""
-        if self.features is not None:
-            return self.student.classify(self.features[indices])
         return self.student.log_p([self.inputs[i] for i in indices])
 
     def is_finite(self) -> bool:
@@ -825,12 +824,13 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     steps, no warm-up, no dropout, a new order each epoch (Burns et al. 2023, appendix A). Leaves model alone.
 
     student: classifier, inputs are sequences [D8], or answer, inputs are Choices [D17]. tune: full, lora (all
-    linear maps) or head (of a classifier); see trainable. target_fn(p, w, fraction) -> the targets of a step,
-    from the student's own p (B,) on the whole batch, the given w (B,), and the fraction of steps done;
-    targets may then be (N, S), and w is (B, S). Micro-batches hold at most batch_tokens tokens and, of one
-    process, halve when memory runs out; gradients are always the whole batch's. checkpoint: recompute
-    activations. offload: several processes keep masters and moments in the CPU's memory. progress(step,
-    steps, loss) follows each step. TrainError: settings, a loss or weights not finite, no memory."""
+    linear maps) or head (of a classifier, whose inputs may be states instead); see trainable. target_fn(p, w,
+    fraction) -> the targets of a step, from the student's own p (B,) on the whole batch, the given w (B,),
+    and the fraction of steps done; targets may then be (N, S), and w is (B, S). Micro-batches hold at most
+    batch_tokens tokens and, of one process, halve when memory runs out; gradients are always the whole
+    batch's. checkpoint: recompute activations. offload: several processes keep masters and moments in the
+    CPU's memory. progress(step, steps, loss) follows each step. TrainError: settings, a loss or weights not
+    finite, no memory."""
     check_settings(student, tune)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]

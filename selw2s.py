@@ -269,7 +269,7 @@ from data.results.page import write_page
 from data.results.plan import ahead, plan
 from data.results.report import shown, table
 from data.results.store import compared, merged, record, recorded, result_of, write
-from data.results.work import reading, stage_work
+from data.results.work import forward, reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import GraphError, affinity, knn, normalise, propagate
 from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory, read,
@@ -355,9 +355,9 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
               rule=None) -> Outcome:
     """Finetune a pretrained model on items with soft targets (n,), and let it label others.
 
-    inputs: token sequences (classifier) or Choices (a student that answers); ask: lists of the same; rule:
-    target of a step from student's and given probability (model.finetune's target_fn). A stage: kept on disk.
-    With --keep the finetuned model is saved too."""
+    inputs: token sequences or states (classifier), or Choices (a student that answers); ask: lists of the
+    same; rule: target of a step from student's and given probability (model.finetune's target_fn). A stage:
+    kept on disk. With --keep the finetuned model is saved too."""
     config, answers = setup.config, isinstance(inputs[0], Choice)
     settings = dict(lr=start.lr, epochs=start.epochs, batch=config.batch, seed=seed, tune=config.tune,
                     checkpoint=start.large, student="answer" if answers else "classifier",
@@ -461,13 +461,34 @@ class Supervised(NamedTuple):
     every: Tensor       # (S, n_u) D_u's labels by every supervisor; NaN where one abstains
 
 
-def trained_labels(name: str, setup: Setup, supervisor: Supervisor, texts, truth: Tensor,
+def item_states(setup: Setup, start: Pretrained, sequences: list) -> Tensor:
+    """(n, C) hidden states of a pretrained model, after the final norm, where sequences end; a stage."""
+    config, progress = setup.config, setup.stages.progress
+    kind = "read strong" if start is setup.strong else "read weak"
+    work = forward(start.network, sequences)
+
+    def compute():
+        return {"state": hidden_at(start.network, sequences, progress=progress.part(work)).cpu()}
+    return setup.stages("states", "item states", (start.sha256, config.dtype, config.device, sequences),
+                        compute, cost=(kind, work), tokens=sum(map(len, sequences)))["state"]
+
+
+def classified(setup: Setup, start: Pretrained, texts: list[list[str]]) -> list[list]:
+    """What a classifier is given of the texts of each part: token ids, or, with --tune head, which leaves the
+    network as it is, the hidden state where a text ends, read once for all that is trained on it."""
+    sequences = [start.tokenizer.encode(part) for part in texts]
+    if setup.config.tune != "head":
+        return sequences
+    states = item_states(setup, start, [ids for part in sequences for ids in part])
+    return [list(part) for part in states.split([len(part) for part in sequences])]
+
+
+def trained_labels(name: str, setup: Setup, supervisor: Supervisor, inputs: list[list], truth: Tensor,
                    seed: int) -> Outcome:
-    """A supervisor, finetuned on D_l's truth (n_l,), labels D_u and test (Outcome.p); texts: what it is given
-    of labelled, transfer and test."""
-    labelled, transfer, test = map(supervisor.model.tokenizer.encode, texts)
-    return finetuned(name, setup, supervisor.model, labelled, truth, [transfer, test],
-                     seed + 1000 * supervisor.order)
+    """A supervisor, finetuned on D_l's truth (n_l,), labels D_u and test (Outcome.p); inputs: of labelled,
+    transfer and test."""
+    labelled, *ask = inputs
+    return finetuned(name, setup, supervisor.model, labelled, truth, ask, seed + 1000 * supervisor.order)
 
 
 def given_labels(setup: Setup, part: list[Item], question: dict[str, Question]) -> Tensor:
@@ -492,12 +513,13 @@ def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     first one once more, trained on the other folds, labels that fold, and D_u too [D16]."""
     texts, truth = [[item.text for item in part] for part in parts[:3]], true_labels(parts.labelled)
     given = [given_labels(setup, part, parts.question) for part in parts[:3]]
-    trained = [trained_labels(f"weak {i + 1}" if i else "weak", setup, supervisor, texts, truth, seed)
+    inputs = [classified(setup, supervisor.model, texts) for supervisor in setup.supervisors]
+    trained = [trained_labels(f"weak {i + 1}" if i else "weak", setup, supervisor, inputs[i], truth, seed)
                for i, supervisor in enumerate(setup.supervisors)]
     transfer, test = (torch.cat([out.p[i][None] for out in trained] + [given[i + 1]]) for i in range(2))
     weak, folds = first_or_mean(transfer), setup.config.folds
     if trained:
-        cross, by_fold = cross_fitted(setup, parts, truth, seed)
+        cross, by_fold = cross_fitted(setup, parts, inputs[0], truth, seed)
         weights, made = trained[0].weights, f"cross-fitted ({folds} folds)"
     else:
         cross, by_fold = first_or_mean(given[0]), weak.expand(folds, -1)
@@ -507,10 +529,10 @@ def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     return Supervised(cross, weak, first_or_mean(test), weights, by_fold, transfer)
 
 
-def cross_fitted(setup: Setup, parts: Split, truth: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Supervised.labelled and .by_fold, truth (n_l,) D_l's [D16]."""
-    weak, folds = setup.supervisors[0].model, setup.config.folds
-    labelled, transfer = (weak.tokenizer.encode([item.text for item in part]) for part in parts[:2])
+def cross_fitted(setup: Setup, parts: Split, inputs: list[list], truth: Tensor,
+                 seed: int) -> tuple[Tensor, Tensor]:
+    """Supervised.labelled and .by_fold; inputs as trained_labels has them, truth (n_l,) D_l's [D16]."""
+    weak, folds, (labelled, transfer, _) = setup.supervisors[0].model, setup.config.folds, inputs
     cross, by_fold = torch.empty(len(labelled)), torch.empty(folds, len(transfer))
     for f in range(folds):
         learn, held = (parts.fold != f).nonzero()[:, 0], (parts.fold == f).nonzero()[:, 0]
@@ -552,17 +574,6 @@ def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[l
     def compute():
         return read(strong.network, heads, tails, layers=layers, progress=progress.part(work))._asdict()
     return setup.stages("read", name, depends, compute, cost=("read strong", work), tokens=tokens)
-
-
-def item_states(setup: Setup, start: Pretrained, part: Part) -> Tensor:
-    """(n, C) hidden states of a pretrained model, after the final norm, where items' texts end; a stage."""
-    sequences = start.tokenizer.encode([item.text for item in part.items])
-    depends = (start.sha256, setup.config.dtype, setup.config.device, sequences)
-
-    def compute():
-        with torch.no_grad():
-            return {"state": hidden_at(start.network, sequences).cpu()}
-    return setup.stages("states", "item states", depends, compute)["state"]
 
 
 def untied(belief: Tensor, questions: list[Question]) -> Tensor:
@@ -635,13 +646,16 @@ def answer_right(learn: Part) -> Tensor:
     return learn.belief.argmax(1) == learn.gold
 
 
-def student_inputs(setup: Setup, part: list[Item], questions: list[Question]) -> list:
+def student_inputs(setup: Setup, part: list[Item], questions: list[Question], states: Tensor) -> list:
     """What a student is given of each item, in training and after: its text, or the question with all options
-    and which of them is shown [D17]."""
-    tokenizer = setup.strong.tokenizer
-    if setup.config.student == "classifier":
-        return tokenizer.encode([item.text for item in part])
-    heads, tails = encode_options(tokenizer, [prompt(q) for q in questions], options_of(questions))
+    and which of them is shown [D17]; with --tune head its state. states: Elicited.item_state."""
+    config = setup.config
+    if config.tune == "head" and not config.shots:      # with examples in front they are others
+        return list(states[:, -1])
+    if config.student == "classifier":
+        return classified(setup, setup.strong, [[item.text for item in part]])[0]
+    heads, tails = encode_options(setup.strong.tokenizer, [prompt(q) for q in questions],
+                                  options_of(questions))
     return [Choice(head, tail, c) for head, tail, c in zip(heads, tails, columns_shown(part, questions))]
 
 
@@ -667,7 +681,7 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     for name, part in zip(("labelled", "transfer", "test"), parts):
         questions = [parts.question[item.question_id] for item in part]
         elicited = elicit(setup, name, part, questions, parts, said)
-        inputs = student_inputs(setup, part, questions)
+        inputs = student_inputs(setup, part, questions, elicited.item_state)
         out[name] = Part(part, questions, inputs, getattr(supervised, name), *elicited)
     labelled = out["labelled"]
     out["labelled"] = labelled = labelled._replace(
@@ -927,17 +941,29 @@ class Smoothing(NamedTuple):
 class View(NamedTuple):
     """One fold of D_l beside D_u, m items, all labelled by the supervisor that saw neither; only the fold's
     truth is known."""
-    features: Tensor    # (m, R, C)
+    near: list          # of each of the R hidden states read, the neighbour list
     prior: Tensor       # (m,) P(y = 1)
     truth: Tensor       # (m,) what is known of it
     scored: Tensor      # (m,) bool: has truth, and would be smoothed
 
 
-def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors: bool) -> list[View]:
+def neighbours_by_fold(prep: Prepared, config: Config) -> dict[int, list]:
+    """View.near of every fold of D_l; empty where --alpha 0 leaves nothing to choose."""
+    learn, out, k = prep.learn, {}, max(KS) if config.k == "auto" else config.k
+    for f in learn.fold.unique().tolist():
+        out[f] = []
+        if config.alpha != 0:
+            states = torch.cat([learn.item_state[learn.fold == f], prep.transfer.item_state])
+            out[f] = [neighbours(x, k, config.device) for x in states.unbind(1)]
+    return out
+
+
+def views(prep: Prepared, near: dict[int, list], routed_learn: Tensor, routed_transfer: Tensor,
+          anchors: bool) -> list[View]:
     """One per fold of D_l, so that labels and density are those smoothing will meet [D6]. Rows that take the
     own label, routed_* (n,) bool, are not scored and, with anchors, have it as their prior [D5]."""
     learn, transfer, out = prep.learn, prep.transfer, []
-    for f in learn.fold.unique():
+    for f, lists in near.items():
         at = learn.fold == f
         prior = torch.cat([learn.weak[at], prep.supervised.by_fold[f]])
         own = torch.cat([learn.own[at], transfer.own])
@@ -945,8 +971,7 @@ def views(prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor, anchors
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
         if anchors:
             prior = torch.where(is_self, own, prior)
-        features = torch.cat([learn.item_state[at], transfer.item_state])
-        out.append(View(features, prior, truth, ~truth.isnan() & ~is_self))
+        out.append(View(lists, prior, truth, ~truth.isnan() & ~is_self))
     return out
 
 
@@ -972,11 +997,8 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
         return best
     if not auto:
         best = best._replace(after=-1.0)    # which a fixed alpha beats
-    for layer in range(graphs[0].features.shape[1]):
-        found = []
-        for view in graphs:
-            near = neighbours(view.features[:, layer], max(ks), config.device)
-            found.append(smooth_grid(near, view.prior, alphas, ks, config.gamma))
+    for layer in range(len(graphs[0].near)):
+        found = [smooth_grid(view.near[layer], view.prior, alphas, ks, config.gamma) for view in graphs]
         for alpha, k in found[0]:
             now = right_where_scored(graphs, [smoothed[alpha, k] for smoothed in found])
             gain = now - right
@@ -1010,8 +1032,9 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     _, is_self_learn = route(p_learn, learn.own, learn.weak, tau_learn)
 
     nobody = [torch.zeros_like(some) for some in (is_self_learn, is_self)]
-    chosen = choose_smoothing(views(prep, is_self_learn, is_self, bool(config.anchors)), config)    # [D6]
-    alone = choose_smoothing(views(prep, *nobody, False), config)
+    near = neighbours_by_fold(prep, config)
+    chosen = choose_smoothing(views(prep, near, is_self_learn, is_self, bool(config.anchors)), config)  # [D6]
+    alone = choose_smoothing(views(prep, near, *nobody, False), config)
     prior = routed if config.anchors else transfer.weak                                             # [D5]
 
     def smoothed(labels, c):
@@ -1447,5 +1470,6 @@ def debate(setup: Setup, prep: Prepared) -> Tensor:
         for part in (prep.labelled, prep.transfer, prep.test):
             pairs = zip(part.questions, part.items)
             texts.append(["\n".join([*q.transcripts[i:i + 1], item.text]) for q, item in pairs])
-        out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, texts, truth, prep.seed).p[0]
+        inputs = classified(setup, supervisor.model, texts)
+        out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, inputs, truth, prep.seed).p[0]
     return out

@@ -29,12 +29,15 @@ NETWORK = [ROOT / name for name in (    # all stages run it
 
 
 def digest(*parts) -> str:
-    """SHA-256 of the content of all parts: tensors by bytes, functions by source, the rest by repr."""
+    """SHA-256 of the content of all parts: tensors by bytes, functions by source, lists of lists or tensors
+    one by one, the rest by repr."""
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
             h.update(f"{part.dtype}{tuple(part.shape)}".encode())
             h.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, list) and part and isinstance(part[0], (list, Tensor)):
+            h.update(digest(*part).encode())
         else:
             h.update((inspect.getsource(part) if callable(part) else repr(part)).encode() + b"\0")
     return h.hexdigest()

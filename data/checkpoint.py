@@ -106,7 +106,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise LoadError(f"tensor {name} is {x.dtype}: quantised checkpoints and other types are refused, use "
                         "float32, float16 or bfloat16")
-    if not math.isfinite(x.sum(dtype=torch.float64)):
+    if x.numel() and not all(map(math.isfinite, x.aminmax())):  # NaN is its own least and greatest
         raise LoadError(f"tensor {name} holds NaN or infinity: {path.name} is damaged, download it again")
     return x
 

@@ -30,7 +30,8 @@ def d_l_views(prep, by_fold: bool) -> list:
     for f in learn.fold.unique() if by_fold else [None]:
         at = torch.ones(len(learn.fold), dtype=torch.bool) if f is None else learn.fold == f
         scored = torch.ones(int(at.sum()), dtype=torch.bool)
-        out.append(selw2s.View(learn.item_state[at], learn.weak[at], learn.truth[at], scored))
+        near = [selw2s.neighbours(states, max(selw2s.KS)) for states in learn.item_state[at].unbind(1)]
+        out.append(selw2s.View(near, learn.weak[at], learn.truth[at], scored))
     return out
 
 
@@ -49,10 +50,10 @@ def measure(prep, config) -> dict:
     """{view: label accuracy of D_u after its choice, and the choice}."""
     truth, transfer = hidden_truth(prep.transfer), prep.transfer
     nobody = [torch.zeros(len(part.items), dtype=torch.bool) for part in (prep.learn, transfer)]
-    folds, ks = len(prep.supervised.by_fold), selw2s.KS
+    folds, ks, lists = len(prep.supervised.by_fold), selw2s.KS, selw2s.neighbours_by_fold(prep, config)
     chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config),
               "all": selw2s.choose_smoothing(d_l_views(prep, False), config),
-              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, *nobody, False), config)}
+              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, lists, *nobody, False), config)}
     selw2s.KS = tuple(max(1, round(k / folds)) for k in ks)
     near = selw2s.choose_smoothing(d_l_views(prep, True), config)
     chosen["fold, k/5"] = near._replace(k=ks[selw2s.KS.index(near.k)])

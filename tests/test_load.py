@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import ROOT, SHARED, write_llama
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import model as M
 from data import architecture as A
+from data.checkpoint import read_tensor
 from data.families import INERT_KEYS
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +100,44 @@ def settings(**keys):
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(raw | keys))
     return mutate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(dtype, value, tmp_path):
+    """At the ends and inside what a processor takes at once; no value at all is finite."""
+    for size in (1, 7, 70, 70_000):
+        for place in {0, size // 3, size - 1}:
+            x = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)      # whose sum is infinite
+            save_file({"x": x, "none": x[:0].clone()}, tmp_path / "x.safetensors")
+            assert torch.equal(read_tensor(tmp_path / "x.safetensors", "x"), x)
+            assert len(read_tensor(tmp_path / "x.safetensors", "none")) == 0
+            x[place] = value
+            save_file({"x": x}, tmp_path / "x.safetensors")
+            with pytest.raises(M.LoadError, match="x holds NaN or infinity"):
+                read_tensor(tmp_path / "x.safetensors", "x")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells a process's peak")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    """Peak memory of a process while it loads a bfloat16 file, half of which is one tensor, as float32."""
+    write_llama(tmp_path / "m", 512, 12, 60_000, seed=1)
+    state = load_file(tmp_path / "m/model.safetensors")
+    save_file({name: x.bfloat16() for name, x in state.items()}, tmp_path / "m/model.safetensors")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "m/tokenizer.json"))
+    run = subprocess.run([sys.executable, "-c", PEAK_OF_LOADING, str(tmp_path / "m")], cwd=ROOT, check=True,
+                         capture_output=True, text=True)
+    peak, weights = map(int, run.stdout.splitlines()[-1].split())
+    assert 0.9 * weights < peak < 1.2 * weights, (peak, weights)
+
+
+PEAK_OF_LOADING = """import re, sys, model
+def peak():    # not ru_maxrss, in which the parent's memory counts
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+network, _ = model.load(sys.argv[1])
+print(peak() - before, sum(x.numel() * x.element_size() for x in network.params.values()))
+"""
 
 
 def sharded(weight_map):

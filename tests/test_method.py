@@ -222,9 +222,9 @@ def test_smoothing_repairs_random_errors_where_neighbours_share_the_truth():
 def two_views(x, prior, truth, layers=None):
     """Two graphs of 150 items each, both classes in each; all items scored."""
     half = torch.arange(300) // 2 % 2
-    features = x[:, None] if layers is None else torch.stack(layers, 1)
-    return [s.View(features[half == h], prior[half == h], truth[half == h],
-                   torch.ones(150, dtype=torch.bool)) for h in (0, 1)]
+    near = [[s.neighbours(layer[half == h], max(s.KS)) for layer in layers or [x]] for h in (0, 1)]
+    return [s.View(near[h], prior[half == h], truth[half == h], torch.ones(150, dtype=torch.bool))
+            for h in (0, 1)]
 
 
 def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
@@ -269,10 +269,10 @@ def test_only_what_is_scored_decides():
 
 
 def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
-    features, truth, config = torch.randn(12, 1, 4), torch.arange(12) % 2.0, s.Config(alpha=0.5, k=50)
-    view = s.View(features, truth, truth, torch.ones(12, dtype=torch.bool))
+    features, truth, config = torch.randn(12, 4), torch.arange(12) % 2.0, s.Config(alpha=0.5, k=50)
+    view = s.View([s.neighbours(features, 50)], truth, truth, torch.ones(12, dtype=torch.bool))
     assert s.choose_smoothing([view, view], config).k == 50
-    lone = s.View(features[:1], truth[:1], truth[:1], torch.ones(1, dtype=torch.bool))
+    lone = s.View([None], truth[:1], truth[:1], torch.ones(1, dtype=torch.bool))
     chosen = s.choose_smoothing([view, lone], config)      # one item has no neighbours: nothing to choose by
     assert (chosen.alpha, chosen.k, chosen.before) == (0.5, 50, None)
 
@@ -305,7 +305,8 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
     prep = prepared()
     own_l, own_u = torch.rand(50) < 0.4, torch.rand(40) < 0.4
     for anchors in (True, False):
-        graphs = s.views(prep, own_l, own_u, anchors)
+        near = s.neighbours_by_fold(prep, s.Config())
+        graphs = s.views(prep, near, own_l, own_u, anchors)
         assert len(graphs) == 5
         for f, view in enumerate(graphs):
             at = prep.learn.fold == f
@@ -313,7 +314,9 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
             own, is_own = torch.cat([prep.learn.own[at], prep.transfer.own]), torch.cat([own_l[at], own_u])
             assert torch.equal(view.prior, torch.where(is_own, own, weak) if anchors else weak)
             states = torch.cat([prep.learn.item_state[at], prep.transfer.item_state])
-            assert torch.equal(view.features, states)
+            for layer, (index, similarity) in enumerate(view.near):
+                x = states[:, layer] - states[:, layer].mean(0)
+                assert torch.equal(index, s.knn(x, 49)[0]) and index.shape == similarity.shape == (50, 49)
             assert view.scored.tolist() == (~own_l[at]).tolist() + [False] * 40
             assert torch.equal(view.truth[:10], prep.learn.truth[at]) and view.truth[10:].isnan().all()
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -445,7 +446,7 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         said_of = selw2s.read_questions(setup, questions)
         elicited = selw2s.elicit(setup, "test", part, questions, nothing, said_of)
         gold = right_option(setup.config, part, questions)
-        inputs = selw2s.student_inputs(setup, part, questions)
+        inputs = selw2s.student_inputs(setup, part, questions, elicited.item_state)
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
         said.append((inputs, *elicited, gold, own_right(setup.config, whole)))
     for twins, once in zip(*said):
@@ -632,6 +633,35 @@ def test_a_kept_student_is_given_back_as_a_model(tiny, tmp_path):
     assert back["finished"]
     with pytest.raises(selw2s.LoadError, match="has a classifier's head, and no language model's"):
         go(tiny, tmp_path / "refused", *flags, "--strong", kept["headless"])
+
+
+@pytest.mark.parametrize("flags", [(), ("--shots", "2")])
+def test_heads_share_the_states_they_are_trained_on(flags, tiny, tmp_path, monkeypatch):
+    """--tune head: one pass of the weak model over the items for the supervisor, all folds and their labels;
+    the strong model's states are those of the reading, or, as examples stand there in front, one pass a part.
+    What comes out is what training on the sequences gives."""
+    import model
+    passes, real = [], model.Transformer.packed
+    monkeypatch.setattr(model.Transformer, "packed", lambda self, tokens, lengths, *rest, **named: passes.append(
+        (self.config.width, len(lengths))) or real(self, tokens, lengths, *rest, **named))
+    prepared, student = [], selw2s.student
+    monkeypatch.setattr(selw2s, "student", lambda method, setup, prep, *rest: prepared.append(
+        (setup, prep)) or student(method, setup, prep, *rest))
+    methods = ("--methods", "ceiling", "naive", "strong-on-D_l", "selective")
+    result = go(tiny, tmp_path, "--tune", "head", *methods, *flags)
+    (setup, prep), read = prepared[-1], Counter()      # the first ones are those of what is ahead
+    for width, sequences in passes:
+        read[width] += sequences
+    n = sum(len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
+    assert read == {16: n, 32: 136 + (n if flags else 0)}         # 136 questions, each with all its options
+    texts = [[item.text for item in part.items] for part in (prep.transfer, prep.test)]
+    for model_of, labels, name in ((setup.supervisors[0].model, prep.labelled.truth, "weak"),
+                                   (setup.strong, prep.transfer.weak, "naive")):
+        learn = [item.text for item in prep.labelled.items] if name == "weak" else texts[0]
+        alone = model.finetune(model_of.network, model_of.tokenizer.encode(learn), labels, lr=model_of.lr,
+                               epochs=2, seed=0, tune="head")
+        p = alone.predict(model_of.tokenizer.encode(texts[1]))
+        np.testing.assert_allclose(arrays(result, tmp_path)[f"seed0/test/p/{name}"], p, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -142,8 +142,10 @@ def representation(setup, tasks: dict) -> dict:
         prep = selw2s.prepare(setup, seed)
         truth, strong = hidden_truth(prep.transfer), prep.transfer.item_state[:, -1]
         ceiling = selw2s.student("ceiling", kept_nowhere(setup), prep, None, None).transfer
+        texts = [item.text for item in prep.transfer.items]
         for i, supervisor in enumerate(setup.supervisors):
-            norm, error = lacking(strong, selw2s.item_states(setup, supervisor.model, prep.transfer), truth)
+            sequences = supervisor.model.tokenizer.encode(texts)
+            norm, error = lacking(strong, selw2s.item_states(setup, supervisor.model, sequences), truth)
             labels = prep.supervised.every[i]
             its = prep._replace(transfer=prep.transfer._replace(weak=labels))
             naive = selw2s.student("naive", kept_nowhere(setup), its, None, None)

@@ -117,15 +117,23 @@ def of_reading(network, weights: int, heads: Sequence[list], tails: Sequence[lis
                       logits=logit_bytes(network, states, 2)), key=Memory.peak)
 
 
+def of_states(network, weights: int, inputs: list) -> Memory:
+    """One state of each input: of a sequence read, of a state (C,) there already."""
+    c, width = network.config, network.dtype.itemsize
+    reading = 0
+    if isinstance(inputs[0], list):
+        tokens = min(BATCH_TOKENS[network.device.type], sum(map(size, inputs)))
+        reading = pass_bytes(c, tokens, 0, width)
+    return Memory(weights, activations=reading + len(inputs) * c.width * width)
+
+
 def of_finetuning(network, weights: int, inputs: list, settings: dict, devices: int = 1,
                   spread: bool = False) -> Memory:
     """model.finetune; weights: bytes of both models on each of the devices, whole or spread."""
     c, tune, width = network.config, settings["tune"], network.dtype.itemsize
     classifier, longest = isinstance(inputs[0], list), max(map(size, inputs))
     if tune == "head":
-        tokens = min(BATCH_TOKENS[network.device.type], sum(map(size, inputs)))
-        reading = pass_bytes(c, tokens, 0, width)
-        return Memory(weights, activations=reading + len(inputs) * c.width * width)
+        return of_states(network, weights, inputs)
     rows = tune == "full" and classifier        # of the embedding: those in use are trained
     learnt = trained(c, tune) + (len(set().union(*inputs)) * c.width if rows else 0)
     cast = 2 * learnt if width < 4 and tune == "full" else 0    # masters in the dtype of the activations

@@ -19,7 +19,7 @@ import torch
 from data.architecture import configure
 from data.cache import digest
 from data.checkpoint import check_device
-from data.results.memory import Memory, held, of_finetuning, of_reading, shapes
+from data.results.memory import Memory, held, of_finetuning, of_reading, of_states, shapes
 from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
 
 PEAK = {        # operations a second by the data sheets: SXM, dense, float32 without TF32
@@ -75,6 +75,9 @@ class Ledger:
             scores = torch.zeros(items, options)
             values = dict(loglik=scores, option_tokens=scores, prompt_state=torch.zeros(items, read, 0),
                           item_state=torch.zeros(items, options, read, 0))
+        elif stage == "states":
+            items, memory = len(depends[3]), of_states(network, self.weights, depends[3])
+            values = {"state": torch.zeros(items, 0)}
         else:
             settings, inputs, _, _, ask, _ = depends[3:]
             items, memory = len(inputs), of_finetuning(

@@ -7,7 +7,7 @@ pass three times, one beside LoRA twice, and once more where activations are com
 product (norms, softmax, launching it all) is not counted. tests/test_plan.py holds this against the counter.
 
 A network is a model.Transformer, or a plan.Sketch without weights: config, device and dtype are read. Inputs
-are token sequences (of a Classifier) or model.Choices (of an Answerer, and of reading).
+are token sequences or states (of a Classifier) or model.Choices (of an Answerer, and of reading).
 """
 import functools
 from collections import Counter
@@ -36,14 +36,16 @@ def matrices(c: Config) -> dict[str, tuple[int, int]]:
 
 
 def size(x) -> int:
-    """Tokens of an input."""
-    return len(x) if isinstance(x, list) else len(x.prompt) + sum(map(len, x.options))
+    """Tokens of an input; a state counts as one."""
+    if isinstance(x, torch.Tensor):
+        return 1
+    return len(x.prompt) + sum(map(len, x.options)) if isinstance(x, Choice) else len(x)
 
 
 def scored(x) -> int:
     """States of an input that get logits: the end of a Choice's prompt, and each option's tokens but the
     last; none of a sequence."""
-    return 0 if isinstance(x, list) else 1 + sum(map(len, x.options)) - len(x.options)
+    return 1 + sum(map(len, x.options)) - len(x.options) if isinstance(x, Choice) else 0
 
 
 def parted(inputs: list, budget: int) -> list[list]:
@@ -81,7 +83,7 @@ def looks(c: Config, lengths: list[int], kept: bool, least: float) -> int:
 
 def logits(c: Config, inputs: list) -> int:
     """Of the classifier, or of the logits of Choices."""
-    return sum(2 * c.width * (2 if isinstance(x, list) else scored(x) * c.vocab) for x in inputs)
+    return sum(2 * c.width * (scored(x) * c.vocab if isinstance(x, Choice) else 2) for x in inputs)
 
 
 def passed(network, inputs: list, tune: str, *, backward: bool = False, again: bool = False) -> int:
@@ -106,7 +108,9 @@ def passed(network, inputs: list, tune: str, *, backward: bool = False, again: b
 # ---- of a stage --------------------------------------------------------------------------------------------
 
 def forward(network, inputs: list, tune: str = "full") -> int:
-    """Of forward passes over inputs, with their logits."""
+    """Of forward passes over inputs, with their logits; states have theirs behind them."""
+    if inputs and isinstance(inputs[0], torch.Tensor):
+        return logits(network.config, inputs)
     return sum(passed(network, part, tune) + logits(network.config, part)
                for part in parted(inputs, BATCH_TOKENS[network.device.type]))
 
@@ -148,8 +152,9 @@ class StageWork(NamedTuple):
 def stage_work(network, inputs: list, ask: list[list], settings: dict, rule: Callable | None) -> StageWork:
     """As selw2s.finetuned takes them; settings of model.finetune, rule its target_fn."""
     tune, epochs = settings["tune"], settings["epochs"]
-    if tune == "head":      # states once, then the classifier on them
-        training = forward(network, inputs) + 3 * epochs * logits(network.config, inputs)
+    if tune == "head":      # states once, if they are not there, then the classifier on them
+        read = 0 if isinstance(inputs[0], torch.Tensor) else forward(network, inputs)
+        training = read + 3 * epochs * logits(network.config, inputs)
     else:
         training = epochs * sum(update(network, parts, settings, rule) for parts in updates(inputs, settings))
     return StageWork(training, [forward(network, part, tune) for part in ask],
