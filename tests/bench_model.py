@@ -10,7 +10,7 @@ logits where an option's tokens are predicted. Finetuning: forward, backward and
 same batches of 32 in the same order, both sides timed from the end of their first step. A shape is a random
 model of that shape, or a directory: a real one. Limit: torch.mm on the shapes of every linear layer (not of
 attention), forward, and for finetuning twice backward, over the time of the whole. Lengths are those of real
-items of ../shared/data in GPT-2 tokens, or one number for all.
+items of ../shared/data in GPT-2 tokens, or one number for all; none: loading alone.
 `--device cuda --dtype bfloat16 --shapes 1b` adds model FLOPs utilisation of a given `--peak` (TFLOP/s).
 `--profile`: the ten operations in which finetuning spends most. About 15 minutes on two idle cores.
 """
@@ -281,7 +281,7 @@ def main():
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--shapes", nargs="+", default=["gpt2", "llama"],
                    help=f"of {', '.join(SHAPES)}, or directories of models")
-    p.add_argument("--lengths", nargs="+", default=["sciq", "cosmosqa", "24", "96"])
+    p.add_argument("--lengths", nargs="*", default=["sciq", "cosmosqa", "24", "96"])
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--batch-tokens", type=int)

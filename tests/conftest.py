@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs when CI is set in the environment, or with -m slow")
+    config.addinivalue_line("markers", "figures: its runs draw their figures, a third of a small run's time")
     if os.environ.get("CI"):
         config.option.durations = 30        # where the minutes go
 
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: set CI=1 or give -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def figures_where_asked_for(request, monkeypatch):
+    if not request.node.get_closest_marker("figures"):
+        import selw2s
+        monkeypatch.setattr(selw2s, "figures", lambda folder: [])
 
 
 @pytest.fixture(scope="session")

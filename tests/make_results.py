@@ -438,6 +438,24 @@ def speed_table(_: str) -> str:
     return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
 
 
+def sharing_table(_: str) -> str:
+    """What runs of several seeds had computed once instead of again, by the record of their stages."""
+    head = ("run", "seeds", "stages", "asked for", "computed", "minutes", "minutes if none were shared")
+    lines = [row_of(head), "|---" * len(head) + "|"]
+    kinds = {"reading": ("read",), "weak supervisors": ("weak", "cross-"), "students": ("",)}
+    for name in ("sciq-answer", *TASKS):
+        result, of = kept(name), {kind: [] for kind in kinds}
+        for stage in result["stages"]:
+            kind = next(kind for kind, starts in kinds.items() if stage["name"].startswith(starts))
+            of[kind].append(stage)
+        for kind, stages in of.items():
+            once = {stage["key"]: stage["seconds"] for stage in stages}
+            minutes = sum(once.values()) / 60, sum(stage["seconds"] for stage in stages) / 60
+            lines.append(row_of([name, str(len(result["seeds"])), kind, str(len(stages)), str(len(once)),
+                                 *(f"{x:.1f}" for x in minutes)]))
+    return "\n".join(lines)
+
+
 def growth_table(_: str) -> str:
     """Time and memory of a run by its size (tests/bench_growth.py)."""
     rows = json.loads((RESULTS / "growth.json").read_text("utf-8"))
@@ -463,7 +481,7 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS
          "smoothing": smoothing_table, "choice": choice_table,
          "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
          "plans": plans_table,
-         "growth": growth_table, "speed": speed_table}
+         "growth": growth_table, "speed": speed_table, "sharing": sharing_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 

@@ -641,17 +641,21 @@ def test_heads_share_the_states_they_are_trained_on(flags, tiny, tmp_path, monke
     the strong model's states are those of the reading, or, as examples stand there in front, one pass a part.
     What comes out is what training on the sequences gives."""
     import model
-    passes, real = [], model.Transformer.packed
-    monkeypatch.setattr(model.Transformer, "packed", lambda self, tokens, lengths, *rest, **named: passes.append(
-        (self.config.width, len(lengths))) or real(self, tokens, lengths, *rest, **named))
+    read, packed = Counter(), model.Transformer.packed
     prepared, student = [], selw2s.student
-    monkeypatch.setattr(selw2s, "student", lambda method, setup, prep, *rest: prepared.append(
-        (setup, prep)) or student(method, setup, prep, *rest))
+
+    def counted(self, tokens, lengths, *rest, **named):
+        read[self.config.width] += len(lengths)
+        return packed(self, tokens, lengths, *rest, **named)
+
+    def noted(method, setup, prep, *rest):
+        prepared.append((setup, prep))
+        return student(method, setup, prep, *rest)
+    monkeypatch.setattr(model.Transformer, "packed", counted)
+    monkeypatch.setattr(selw2s, "student", noted)
     methods = ("--methods", "ceiling", "naive", "strong-on-D_l", "selective")
     result = go(tiny, tmp_path, "--tune", "head", *methods, *flags)
-    (setup, prep), read = prepared[-1], Counter()      # the first ones are those of what is ahead
-    for width, sequences in passes:
-        read[width] += sequences
+    setup, prep = prepared[-1]      # the first ones are those of what is ahead
     n = sum(len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
     assert read == {16: n, 32: 136 + (n if flags else 0)}         # 136 questions, each with all its options
     texts = [[item.text for item in part.items] for part in (prep.transfer, prep.test)]

@@ -478,6 +478,7 @@ def test_what_a_representation_lacks_is_the_dense_formula(n, c_s, c_w):
 
 
 @pytest.mark.slow
+@pytest.mark.figures
 def test_representation_compares_weak_models(tiny, tmp_path):
     flags = [*tiny[:3], tiny[3], tiny[5], *tiny[4:]]
     result = go(flags, tmp_path, "--methods", "weak", "--analysis", "representation", "--seeds", "0", "1")
