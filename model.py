@@ -65,9 +65,9 @@ def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transforme
         first_calls()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan for every new shape, for seconds
         raw = read_json(folder / "config.json")
-        config = configure(raw)
-        tokenizer = Tokenizer(folder, config.family, config.vocab)  # first: it gives memory back
-        params, ignored = read_params(config, tensor_files(folder), device, dtype)
+        config, files = configure(raw), tensor_files(folder)
+        tokenizer = Tokenizer(folder, config.family, config.vocab)  # before the weights: it gives memory back
+        params, ignored = read_params(config, files, device, dtype)
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
     except RuntimeError as error:
@@ -831,7 +831,7 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
     batch's. checkpoint: recompute activations. offload: several processes keep masters and moments in the
     CPU's memory. progress(step, steps, loss) follows each step. TrainError: settings, a loss or weights not
     finite, no memory."""
-    check_settings(student, tune)
+    check_settings(student, tune, inputs)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(inputs), generator=generator).split(batch) for _ in range(epochs)]
     steps = [indices.tolist() for order in orders for indices in order]
@@ -869,13 +869,15 @@ def check_finite(finite: bool, what: str, lr: float) -> None:
         raise TrainError(f"{what} (learning rate {lr}): lower it")
 
 
-def check_settings(student: str, tune: str) -> None:
+def check_settings(student: str, tune: str, inputs: list) -> None:
     """TrainError for what finetune does not know, or cannot do together."""
     if student not in STUDENTS or tune not in ("full", "lora", "head"):
         raise TrainError(f"tune = {tune!r}, student = {student!r}: they must be full, lora or head, and "
                          "classifier or answer")
     if student == "answer" and tune == "head":
         raise TrainError("the student that answers has no head to train alone: tune must be full or lora")
+    if tune != "head" and isinstance(inputs[0], Tensor):
+        raise TrainError(f"states can only have a head trained on them: tune must be head, not {tune}")
 
 
 def smaller(budget: int, lengths: list[int], error: RuntimeError, step: int) -> int:

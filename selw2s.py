@@ -85,7 +85,7 @@ class Config:
                         choices=("classifier", "answer"))
     labels: str = flag("auto", "P(y = 1), or the likelier class; auto: hard for a student that answers [D20]",
                        choices=("auto", "soft", "hard"))
-    tune: str = flag("full", "what finetuning trains", choices=("full", "lora", "head"))
+    tune: str = flag("full", "what finetuning trains; head: a classifier on states read once", choices=("full", "lora", "head"))
     epochs: object = flag("auto", "passes over the training items; auto: 2, of a student that answers 1 [D9]",
                           metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
@@ -391,7 +391,7 @@ class Part(NamedTuple):
     """One part of a seed's data, D_l, D_u or test, with all that steps 1 to 3 know of it: a row per item."""
     items: list[Item]           # n; labels of D_u and test are read for ceiling, oracle and metrics only
     questions: list[Question]   # n, the items' own; their answers likewise
-    inputs: list                # n, what a student is given: the item's token ids, or a Choice [D17]
+    inputs: list                # n, what a student is given: token ids, a state, or a Choice [D17]
     weak: Tensor                # (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor                 # (n,) self-generated label, 0/1
     zero_shot: Tensor           # (n,) P(y = 1) of the strong model untouched: its belief in what is shown
@@ -461,7 +461,7 @@ class Supervised(NamedTuple):
     every: Tensor       # (S, n_u) D_u's labels by every supervisor; NaN where one abstains
 
 
-def item_states(setup: Setup, start: Pretrained, sequences: list) -> Tensor:
+def end_states(name: str, setup: Setup, start: Pretrained, sequences: list) -> Tensor:
     """(n, C) hidden states of a pretrained model, after the final norm, where sequences end; a stage."""
     config, progress = setup.config, setup.stages.progress
     kind = "read strong" if start is setup.strong else "read weak"
@@ -469,17 +469,17 @@ def item_states(setup: Setup, start: Pretrained, sequences: list) -> Tensor:
 
     def compute():
         return {"state": hidden_at(start.network, sequences, progress=progress.part(work)).cpu()}
-    return setup.stages("states", "item states", (start.sha256, config.dtype, config.device, sequences),
+    return setup.stages("states", f"states {name}", (start.sha256, config.dtype, config.device, sequences),
                         compute, cost=(kind, work), tokens=sum(map(len, sequences)))["state"]
 
 
-def classified(setup: Setup, start: Pretrained, texts: list[list[str]]) -> list[list]:
+def classified(name: str, setup: Setup, start: Pretrained, texts: list[list[str]]) -> list[list]:
     """What a classifier is given of the texts of each part: token ids, or, with --tune head, which leaves the
     network as it is, the hidden state where a text ends, read once for all that is trained on it."""
     sequences = [start.tokenizer.encode(part) for part in texts]
     if setup.config.tune != "head":
         return sequences
-    states = item_states(setup, start, [ids for part in sequences for ids in part])
+    states = end_states(name, setup, start, [ids for part in sequences for ids in part])
     return [list(part) for part in states.split([len(part) for part in sequences])]
 
 
@@ -513,9 +513,12 @@ def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     first one once more, trained on the other folds, labels that fold, and D_u too [D16]."""
     texts, truth = [[item.text for item in part] for part in parts[:3]], true_labels(parts.labelled)
     given = [given_labels(setup, part, parts.question) for part in parts[:3]]
-    inputs = [classified(setup, supervisor.model, texts) for supervisor in setup.supervisors]
-    trained = [trained_labels(f"weak {i + 1}" if i else "weak", setup, supervisor, inputs[i], truth, seed)
-               for i, supervisor in enumerate(setup.supervisors)]
+    trained, inputs = [], {}        # inputs: of each model, by its first supervisor, for all its orders
+    for i, supervisor in enumerate(setup.supervisors):
+        name, first = f"weak {i + 1}" if i else "weak", i - supervisor.order
+        if i == first:
+            inputs[i] = classified(name, setup, supervisor.model, texts)
+        trained.append(trained_labels(name, setup, supervisor, inputs[first], truth, seed))
     transfer, test = (torch.cat([out.p[i][None] for out in trained] + [given[i + 1]]) for i in range(2))
     weak, folds = first_or_mean(transfer), setup.config.folds
     if trained:
@@ -646,17 +649,17 @@ def answer_right(learn: Part) -> Tensor:
     return learn.belief.argmax(1) == learn.gold
 
 
-def student_inputs(setup: Setup, part: list[Item], questions: list[Question], states: Tensor) -> list:
-    """What a student is given of each item, in training and after: its text, or the question with all options
-    and which of them is shown [D17]; with --tune head its state. states: Elicited.item_state."""
-    config = setup.config
-    if config.tune == "head" and not config.shots:      # with examples in front they are others
-        return list(states[:, -1])
-    if config.student == "classifier":
-        return classified(setup, setup.strong, [[item.text for item in part]])[0]
-    heads, tails = encode_options(setup.strong.tokenizer, [prompt(q) for q in questions],
-                                  options_of(questions))
-    return [Choice(head, tail, c) for head, tail, c in zip(heads, tails, columns_shown(part, questions))]
+def student_inputs(setup: Setup, parts: list[list[Item]], question: dict[str, Question]) -> list[list]:
+    """What a student is given of each item of each part, in training and after: its text (classified), or the
+    question with all options and which of them is shown [D17]."""
+    if setup.config.student == "classifier":
+        return classified("strong", setup, setup.strong, [[item.text for item in part] for part in parts])
+    out = []
+    for part in parts:
+        asked = [question[item.question_id] for item in part]
+        heads, tails = encode_options(setup.strong.tokenizer, [prompt(q) for q in asked], options_of(asked))
+        out.append([Choice(*given) for given in zip(heads, tails, columns_shown(part, asked))])
+    return out
 
 
 class Prepared(NamedTuple):
@@ -678,11 +681,11 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     first = parts.question[parts.labelled[0].question_id]
     setup.stages.tell(f"3 prompt   {before + prompt(first)!r:.200} + one of {options_of([first])[0]}")
     said = read_questions(setup, setup.task.train + setup.task.test, before)
-    for name, part in zip(("labelled", "transfer", "test"), parts):
+    inputs = student_inputs(setup, parts[:3], parts.question)
+    for name, part, given in zip(("labelled", "transfer", "test"), parts, inputs):
         questions = [parts.question[item.question_id] for item in part]
         elicited = elicit(setup, name, part, questions, parts, said)
-        inputs = student_inputs(setup, part, questions, elicited.item_state)
-        out[name] = Part(part, questions, inputs, getattr(supervised, name), *elicited)
+        out[name] = Part(part, questions, given, getattr(supervised, name), *elicited)
     labelled = out["labelled"]
     out["labelled"] = labelled = labelled._replace(
         truth=true_labels(labelled.items),
@@ -1470,6 +1473,6 @@ def debate(setup: Setup, prep: Prepared) -> Tensor:
         for part in (prep.labelled, prep.transfer, prep.test):
             pairs = zip(part.questions, part.items)
             texts.append(["\n".join([*q.transcripts[i:i + 1], item.text]) for q, item in pairs])
-        inputs = classified(setup, supervisor.model, texts)
+        inputs = classified(f"debate {i + 1}", setup, supervisor.model, texts)
         out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, inputs, truth, prep.seed).p[0]
     return out

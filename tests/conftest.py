@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def figures_where_asked_for(request, monkeypatch):
+    """Fixtures of a whole module come before this one: their runs draw."""
     if not request.node.get_closest_marker("figures"):
         import selw2s
         monkeypatch.setattr(selw2s, "figures", lambda folder: [])

@@ -439,20 +439,21 @@ def speed_table(_: str) -> str:
 
 
 def sharing_table(_: str) -> str:
-    """What runs of several seeds had computed once instead of again, by the record of their stages."""
-    head = ("run", "seeds", "stages", "asked for", "computed", "minutes", "minutes if none were shared")
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    """What a run of several seeds had computed once instead of again, by the record of its stages."""
+    head = ("sciq-answer, seeds", "stages", "asked for", "computed", "minutes", "minutes if none were shared")
+    result = kept("sciq-answer")
+    if result is None:
+        return "not measured"
     kinds = {"reading": ("read",), "weak supervisors": ("weak", "cross-"), "students": ("",)}
-    for name in ("sciq-answer", *TASKS):
-        result, of = kept(name), {kind: [] for kind in kinds}
-        for stage in result["stages"]:
-            kind = next(kind for kind, starts in kinds.items() if stage["name"].startswith(starts))
-            of[kind].append(stage)
-        for kind, stages in of.items():
-            once = {stage["key"]: stage["seconds"] for stage in stages}
-            minutes = sum(once.values()) / 60, sum(stage["seconds"] for stage in stages) / 60
-            lines.append(row_of([name, str(len(result["seeds"])), kind, str(len(stages)), str(len(once)),
-                                 *(f"{x:.1f}" for x in minutes)]))
+    of, lines = {kind: [] for kind in kinds}, [row_of(head), "|---" * len(head) + "|"]
+    for stage in result["stages"]:
+        kind = next(kind for kind, starts in kinds.items() if stage["name"].startswith(starts))
+        of[kind].append(stage)
+    for kind, stages in of.items():
+        once = {stage["key"]: stage["seconds"] for stage in stages}
+        minutes = sum(once.values()) / 60, sum(stage["seconds"] for stage in stages) / 60
+        lines.append(row_of([str(len(result["seeds"])), kind, str(len(stages)), str(len(once)),
+                             *(f"{x:.1f}" for x in minutes)]))
     return "\n".join(lines)
 
 

@@ -842,6 +842,12 @@ def test_what_answers_cannot_be_trained_by_its_head(tiny):
     net, _ = M.load(tiny)
     with pytest.raises(M.TrainError, match="no head to train alone: tune must be full or lora"):
         M.finetune(net, **ANSWER, tune="head")
+    states = list(M.hidden_at(net, TRAIN["inputs"]))
+    assert same_state(M.finetune(net, **TRAIN | dict(inputs=states), tune="head"),
+                      M.finetune(net, **TRAIN, tune="head"))
+    for tune in ("full", "lora"):
+        with pytest.raises(M.TrainError, match=f"a head trained on them: tune must be head, not {tune}"):
+            M.finetune(net, **TRAIN | dict(inputs=states), tune=tune)
     with pytest.raises(M.TrainError, match="student = 'both'"):
         M.finetune(net, **ANSWER | dict(student="both"))
 

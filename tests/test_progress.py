@@ -167,7 +167,8 @@ def test_a_stage_that_fails_leaves_no_bar(tmp_path, monkeypatch, clock):
 
 @pytest.mark.parametrize("flags", [("--shots", "2", "--seeds", "0", "1"), *(
     pytest.param(case, marks=pytest.mark.slow) for case in (
-        (), ("--student", "answer", "--tune", "lora"), ("--own", "judge", "--tune", "head")))])
+        (), ("--student", "answer", "--tune", "lora"), ("--own", "judge", "--tune", "head",
+                                                        "--weak-seeds", "2")))])
 def test_the_work_foreseen_is_the_work_done(tiny, tmp_path, monkeypatch, flags):
     """Every stage is foreseen by name and kind, its work to the last operation (but confidence-only's, whose
     half follows from values); in a pipe nothing is said of seconds."""

@@ -446,7 +446,7 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
         said_of = selw2s.read_questions(setup, questions)
         elicited = selw2s.elicit(setup, "test", part, questions, nothing, said_of)
         gold = right_option(setup.config, part, questions)
-        inputs = selw2s.student_inputs(setup, part, questions, elicited.item_state)
+        inputs, = selw2s.student_inputs(setup, [part], {q.id: q for q in questions})
         whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
         said.append((inputs, *elicited, gold, own_right(setup.config, whole)))
     for twins, once in zip(*said):
@@ -531,6 +531,7 @@ def test_the_state_of_an_item_is_that_of_its_text(tiny, tmp_path, shown):
         torch.testing.assert_close(got.item_state[:, r], hidden_at(strong.network, ids, layer=layer))
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 @pytest.mark.parametrize("analysis, rows", [("difficulty", 3), ("sweep", 28)])
 def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
@@ -635,11 +636,9 @@ def test_a_kept_student_is_given_back_as_a_model(tiny, tmp_path):
         go(tiny, tmp_path / "refused", *flags, "--strong", kept["headless"])
 
 
-@pytest.mark.parametrize("flags", [(), ("--shots", "2")])
-def test_heads_share_the_states_they_are_trained_on(flags, tiny, tmp_path, monkeypatch):
-    """--tune head: one pass of the weak model over the items for the supervisor, all folds and their labels;
-    the strong model's states are those of the reading, or, as examples stand there in front, one pass a part.
-    What comes out is what training on the sequences gives."""
+def test_heads_share_the_states_they_are_trained_on(tiny, tmp_path, monkeypatch):
+    """--tune head: one pass of the weak model over the items for its supervisors, all folds and their labels,
+    and one of the strong model for all students. What comes out is what training on the sequences gives."""
     import model
     read, packed = Counter(), model.Transformer.packed
     prepared, student = [], selw2s.student
@@ -654,10 +653,10 @@ def test_heads_share_the_states_they_are_trained_on(flags, tiny, tmp_path, monke
     monkeypatch.setattr(model.Transformer, "packed", counted)
     monkeypatch.setattr(selw2s, "student", noted)
     methods = ("--methods", "ceiling", "naive", "strong-on-D_l", "selective")
-    result = go(tiny, tmp_path, "--tune", "head", *methods, *flags)
+    result = go(tiny, tmp_path, "--tune", "head", "--weak-seeds", "2", *methods)
     setup, prep = prepared[-1]      # the first ones are those of what is ahead
     n = sum(len(part.items) for part in (prep.labelled, prep.transfer, prep.test))
-    assert read == {16: n, 32: 136 + (n if flags else 0)}         # 136 questions, each with all its options
+    assert read == {16: n, 32: 136 + n}         # 136 questions are read, each with all its options
     texts = [[item.text for item in part.items] for part in (prep.transfer, prep.test)]
     for model_of, labels, name in ((setup.supervisors[0].model, prep.labelled.truth, "weak"),
                                    (setup.strong, prep.transfer.weak, "naive")):
@@ -676,6 +675,7 @@ def test_cross_task_keeps_no_model_of_another_task(tmp_path):
     assert folder.name.startswith("demo-sciq-weak-seed0-")
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_path, monkeypatch, capsys):
     """A file's questions beside sciq and boolq; cosmosqa's files cannot be had."""
@@ -724,6 +724,7 @@ def test_hard_labels_are_the_likelier_classes(tiny, tmp_path):
         assert (told["naive"] == auto["naive"]) == (which == "hard")
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path, monkeypatch):
     """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""

@@ -219,6 +219,7 @@ def test_label_model_is_the_posterior_of_its_own_accuracies():
 
 
 # -------------------------------------------------------------------------------------------------- labels in
+@pytest.mark.figures
 def test_labels_of_annotators_need_no_weak_model(tiny, tmp_path):
     argv, rows = annotated(tiny, tmp_path)
     result = go(argv, tmp_path, "--methods", "all")

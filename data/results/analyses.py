@@ -145,7 +145,8 @@ def representation(setup, tasks: dict) -> dict:
         texts = [item.text for item in prep.transfer.items]
         for i, supervisor in enumerate(setup.supervisors):
             sequences = supervisor.model.tokenizer.encode(texts)
-            norm, error = lacking(strong, selw2s.item_states(setup, supervisor.model, sequences), truth)
+            weak = selw2s.end_states(setup.titles[i], setup, supervisor.model, sequences)
+            norm, error = lacking(strong, weak, truth)
             labels = prep.supervised.every[i]
             its = prep._replace(transfer=prep.transfer._replace(weak=labels))
             naive = selw2s.student("naive", kept_nowhere(setup), its, None, None)

@@ -36,8 +36,8 @@ EXTRA = {       # students that an analysis trains per seed beside those of --me
 # ---- the stages of a run -----------------------------------------------------------------------------------
 
 class Row(NamedTuple):
-    """One stage. items and tokens: trained on, tokens in all epochs, or read; operations also of the items
-    that a student labels afterwards."""
+    """One stage. items and tokens: trained on, tokens in all epochs (a state counts as one), or read;
+    operations also of the items that a student labels afterwards."""
     name: str
     kind: str           # as in data.cache.Progress
     items: int
@@ -66,7 +66,7 @@ class Ledger:
 
     def __call__(self, stage: str, name: str, depends: tuple, compute, *, cost: tuple, tokens: int,
                  steps: int = 0) -> dict:
-        """As Stages: notes the stage; values of the right shapes, hidden states of width 0."""
+        """As Stages: notes the stage; values of the right shapes, but hidden states, of width 0 or 1."""
         network, key = self.networks[depends[0]], digest(stage, *depends)
         if stage == "read":
             heads, tails, layers = depends[3:]
@@ -77,7 +77,8 @@ class Ledger:
                           item_state=torch.zeros(items, options, read, 0))
         elif stage == "states":
             items, memory = len(depends[3]), of_states(network, self.weights, depends[3])
-            values = {"state": torch.zeros(items, 0)}
+            made = torch.Generator().manual_seed(int(key[:15], 16))     # by these, stages are told apart
+            values = {"state": torch.rand(items, 1, generator=made)}
         else:
             settings, inputs, _, _, ask, _ = depends[3:]
             items, memory = len(inputs), of_finetuning(
