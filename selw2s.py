@@ -85,7 +85,8 @@ class Config:
                         choices=("classifier", "answer"))
     labels: str = flag("auto", "P(y = 1), or the likelier class; auto: hard for a student that answers [D20]",
                        choices=("auto", "soft", "hard"))
-    tune: str = flag("full", "what finetuning trains; head: on states read once", choices=("full", "lora", "head"))
+    tune: str = flag("full", "what finetuning trains; head: on states that are read once for all",
+                     choices=("full", "lora", "head"))
     epochs: object = flag("auto", "passes over the training items; auto: 2, of a student that answers 1 [D9]",
                           metavar="N")
     batch: int = flag(32, "items per update", metavar="N")
