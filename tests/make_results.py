@@ -53,8 +53,8 @@ SOFT = (*ANSWER, "--labels", "soft")
 REAL = {            # the same for the real pair; a run that was not made is "not measured" in the tables
     "sciq-classifier": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS),
                         ("result.json", "items.npz", *FIGURES)),
-    "sciq-answer": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER, "--seeds", "0", "1"),
-                    ("result.json", "items.npz", *FIGURES)),
+    "sciq-answer": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER,
+                     "--seeds", "0", "1", "2"), ("result.json", "items.npz", *FIGURES)),
     "sciq-answer-soft": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *SOFT),
                          ("result.json", "items.npz", *FIGURES)),
     "sciq-supervisors": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", *RECIPES, *SOFT,
