@@ -54,19 +54,18 @@ def read_json(path: Path) -> dict:
 
 
 class Tokenizer:
-    """Text <-> ids. size: highest id + 1; rows: of the embedding, where it is known: an id may lie beyond, a
-    text that uses it is refused. LoadError for files that are missing, damaged or contradictory."""
+    """Text <-> ids. rows: of the embedding, where it is known: an id may lie beyond, a text that uses it is
+    refused. LoadError for files that are missing, damaged or contradictory."""
 
     def __init__(self, folder: Path, family: str, rows: int | None = None):
         self.folder, self.rows = folder, rows
         try:
             self.backend = open_backend(folder, family, read_settings(folder))
-            around = self.backend.encode("").ids  # what is put around a text need not be in the vocabulary
+            self.backend.encode("")  # what a template puts around a text need not be in the vocabulary
         except LoadError:
             raise
         except BaseException as error:
             raise damaged(error) from None
-        self.size = max([*self.backend.get_vocab(with_added_tokens=True).values(), *around], default=-1) + 1
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Ids of each text. special=False: without the tokens put around a text (BOS), for a text that

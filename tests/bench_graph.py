@@ -15,6 +15,7 @@ k = 10.
 """
 import argparse
 import json
+import os
 import platform
 import resource
 import shlex
@@ -57,10 +58,11 @@ def compare(name, ours, theirs, repeats, device=None):
     if KEEP:
         what, peer = name.split(" (")[0].split(" / ")
         faster, here = sorted(1 / ratio for ratio in ratios), f"CPU, {torch.get_num_threads()} threads"
+        blas = [f"{key}={value}" for key, value in os.environ.items() if key == "OPENBLAS_NUM_THREADS"]
         keep_speed({"what": what, "peer": peer, "unit": "s", "ours": a, "theirs": b,
                     "times": [statistics.median(faster), faster[0], faster[-1]], "pairs": repeats,
                     "device": device or here,
-                    "command": shlex.join(["python", "tests/bench_graph.py", *sys.argv[1:]])})
+                    "command": shlex.join([*blas, "python", "tests/bench_graph.py", *sys.argv[1:]])})
 
 
 def gaussian(n, d):

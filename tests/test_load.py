@@ -526,7 +526,7 @@ def test_a_tokenizer_larger_than_the_embedding(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "larger")
     tokenizer_file(tmp_path / "larger", 110)
     _, tokenizer = M.load(tmp_path / "larger")
-    assert tokenizer.size == 110 and tokenizer.encode(["100"]) == [[100]]
+    assert tokenizer.backend.get_vocab_size() == 110 and tokenizer.encode(["100"]) == [[100]]
     with pytest.raises(M.LoadError, match="larger: '101' has the token id 101, the embedding only 101 rows"):
         tokenizer.encode(["7", "101"])
 
