@@ -65,7 +65,7 @@ def write_llama(folder: Path, width: int, layers: int, vocab: int, seed: int):
             tensors[f"model.layers.{i}.{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(width)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({
         "model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,

@@ -717,23 +717,23 @@ def test_hub(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells a process's peak")
-def test_memory_of_loading(tmp_path):
+@pytest.mark.parametrize("width, layers, vocab, stored, asked", [
+    (512, 14, 80_000, "bfloat16", "bfloat16"), (512, 14, 80_000, "bfloat16", "float32"),
+    (1024, 16, 256, "float32", "bfloat16")])
+def test_memory_of_loading(width, layers, vocab, stored, asked, tmp_path):
     """Loading takes less than 1.2 times the weights' memory, also as the second model of a process, in the
-    file's dtype or another; half of the weights is one tensor. From float32 to bfloat16 its pages of the
-    file, which are as large as all, count beside them."""
-    write_llama(tmp_path / "m", 512, 14, 80_000, seed=1)
-    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "m/tokenizer.json"))
-    state = load_file(tmp_path / "m/model.safetensors")
-    for stored, asked, most in (("bfloat16", "bfloat16", 1.2), ("bfloat16", "float32", 1.2),
-                                ("float32", "bfloat16", 1.8)):
-        save_file({name: x.to(getattr(torch, stored)) for name, x in state.items()},
-                  tmp_path / "m/model.safetensors")
-        code = ("import re, sys, torch, model; "    # not ru_maxrss, in which the parent's memory counts
-                "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
-                f"load = lambda: (peak(), model.load(sys.argv[1], dtype=torch.{asked}), peak()); "
-                "weak, strong = load(), load(); print(weak[2] - weak[0], strong[2] - strong[0])")
-        run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], cwd=ROOT, text=True,
-                             capture_output=True, check=True)
-        size = sum(x.numel() for x in state.values()) * (2 if asked == "bfloat16" else 4)
-        for grown in (int(x) * 1024 for x in run.stdout.split()[-2:]):
-            assert 0.9 * size < grown < most * size, (stored, asked, grown / size)
+    file's dtype or another: where half of the weights is one tensor, and where a layer's are."""
+    write_llama(tmp_path, width, layers, vocab, seed=1)
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    state = load_file(tmp_path / "model.safetensors")
+    size = sum(x.numel() for x in state.values()) * getattr(torch, asked).itemsize
+    save_file({name: x.to(getattr(torch, stored)) for name, x in state.items()},
+              tmp_path / "model.safetensors")
+    code = ("import re, sys, torch, model; "        # not ru_maxrss, in which the parent's memory counts
+            "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
+            f"load = lambda: (peak(), model.load(sys.argv[1], dtype=torch.{asked}), peak()); "
+            "weak, strong = load(), load(); print(weak[2] - weak[0], strong[2] - strong[0])")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True,
+                         capture_output=True, check=True)
+    for grown in (int(x) * 1024 for x in run.stdout.split()[-2:]):
+        assert 0.9 * size < grown < 1.2 * size, grown / size

@@ -321,6 +321,17 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
             assert torch.equal(view.truth[:10], prep.learn.truth[at]) and view.truth[10:].isnan().all()
 
 
+def test_neighbours_of_a_fold_are_found_once_and_only_to_choose_by(monkeypatch):
+    prep, found, real = prepared(), [], s.neighbours
+    monkeypatch.setattr(s, "neighbours", lambda x, *rest: found.append(len(x)) or real(x, *rest))
+    p_learn, p_transfer = (torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in (50, 40))
+    s.select(s.Config(), prep, p_learn, p_transfer)
+    assert found.count(50) == 5 * 2         # folds, hidden states; D_u alone has 40 items
+    found.clear()
+    s.select(s.Config(alpha=0), prep, p_learn, p_transfer)
+    assert not found
+
+
 def test_take_keeps_rows_of_every_field_together():
     labelled, rows = part(50), torch.arange(50) % 3 == 1
     taken = s.take(labelled, rows)

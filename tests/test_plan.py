@@ -199,7 +199,7 @@ def test_peak_memory_is_that_measured(name, tune, student, checkpoint):
 @LINUX
 @pytest.mark.parametrize("tune, student, checkpoint", [("full", "answer", False), ("read", "answer", False)])
 def test_peak_memory_in_bfloat16_is_that_measured(tune, student, checkpoint):
-    n = 512 if tune == "read" else 256
+    n = 2048 if tune in ("head", "read") else 256
     assert_peak_is_that_measured(DEMO["strong"], tune, student, checkpoint, n, 60, 128, "bfloat16")
 
 

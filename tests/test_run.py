@@ -46,7 +46,8 @@ def full(tiny, tmp_path_factory):
 
 # ---------------------------------------------------------------------------------------------- honesty rules
 @pytest.mark.parametrize("flags", [("--weak-seeds", "3"), *slow(
-    ("--student", "answer"), ("--own", "judge"), ("--shots", "1"), ("--route", "both", "--tau", "item"))])
+    ("--student", "answer"), ("--own", "judge"), ("--shots", "1"), ("--route", "both", "--tau", "item"),
+    ("--tune", "head"))])
 def test_poisoned_truth_moves_no_weight_but_the_ceilings(tiny, tmp_path, monkeypatch, flags):
     """Scramble the truth of D_u and test, in items and questions: only metrics and the ceiling may change."""
     methods = ("--methods", *(m for m in METHODS if m != "oracle"), *flags)

@@ -410,6 +410,8 @@ def test_titles_are_given_once():
 @pytest.mark.slow
 # ----------------------------------------------------------------------------------------------------- debate
 def test_every_supervisor_reads_its_own_transcript(tiny, tmp_path, monkeypatch):
+    from data.results.plan import ahead
+
     def debated(row, i):
         row["transcripts"] = [f"pro {i}", f"con {i}"]
     argv, rows = annotated(tiny, tmp_path, debated, names=())
@@ -431,6 +433,9 @@ def test_every_supervisor_reads_its_own_transcript(tiny, tmp_path, monkeypatch):
     assert (labels != prep.supervised.every).any(1).all() and labels.shape == prep.supervised.every.shape
     result = go(argv, tmp_path / "run", "--methods", "ensemble", "debate")
     assert weights(result)["ensemble"] != weights(result)["debate"]
+    head = ("--tune", "head", "--methods", "ensemble", "debate")    # trained on states, which no plan has
+    stages = go(argv, tmp_path / "head", *head)["stages"]
+    assert {stage["name"] for stage in stages} == set(ahead(set_up(argv, tmp_path, *head)))
 
 
 def test_a_transcript_over_the_context_is_one_line(tiny, tmp_path, capsys):
