@@ -1,6 +1,7 @@
 """Kill it anywhere, start it again; full disks, two runs at once, interrupts.
 Run: pytest tests/test_reliability.py (40 s; with CI=1 the 20 kills too, a minute)."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -124,6 +125,16 @@ def test_two_runs_at_once_in_one_directory(tiny, tmp_path, unbroken):
     assert [child.wait() for child in both] == [0, 0], [child.stderr.read() for child in both]
     same(outcome(tmp_path), unbroken)
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.figures
+def test_every_file_gets_its_name_when_it_is_whole(tiny, tmp_path, monkeypatch):
+    """Written in place, a figure of one run was found empty by the page of another in the same directory."""
+    named, real = set(), os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (named.add(Path(target)), real(source, target)))
+    assert selw2s.main([*tiny, "--out", str(tmp_path)]) == 0
+    files = {file for file in tmp_path.rglob("*") if file.is_file()}
+    assert files == named and {"main.svg", "report.html", "result.json"} < {file.name for file in files}
 
 
 @pytest.mark.slow
