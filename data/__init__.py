@@ -13,10 +13,12 @@ halves are disjoint by question only.
 
 official.py reads SciQ, BoolQ and CosmosQA, jsonl.py a user's own file, world.py makes the demo.
 """
+import os
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 YES_NO = ("no", "yes")
@@ -257,3 +259,13 @@ def load_task(name: str, *, data_dir: str | None = None) -> Task:
         if {(q.options, q.answer) for q in questions} in ({(YES_NO, 0)}, {(YES_NO, 1)}):
             raise DataError(f"{name}: all {split} answers are {YES_NO[questions[0].answer]}; give yes and no")
     return task
+
+
+def whole(path: Path, write: Callable[[Path], object]) -> None:
+    """write(a temporary name), which then becomes `path`: readers find the file whole, or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"             # real data and checkpoints, when present beside the checkout
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # for pytest -n 2: who waits leaves the core
 
 
 def pytest_configure(config):

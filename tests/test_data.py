@@ -445,7 +445,7 @@ def test_interrupted_write_leaves_no_file(missing, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(DataError, match="No space left on device; choose another folder"):
         load_task("boolq", data_dir=tmp_path)
     assert [p.name for p in path.parent.iterdir()] == ["dev.jsonl"]

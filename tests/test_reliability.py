@@ -132,9 +132,10 @@ def test_every_file_gets_its_name_when_it_is_whole(tiny, tmp_path, monkeypatch):
     """Written in place, a figure of one run was found empty by the page of another in the same directory."""
     named, real = set(), os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (named.add(Path(target)), real(source, target)))
-    assert selw2s.main([*tiny, "--out", str(tmp_path)]) == 0
+    assert selw2s.main([*tiny, "--out", str(tmp_path), "--keep", "naive"]) == 0
     files = {file for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == named and {"main.svg", "report.html", "result.json"} < {file.name for file in files}
+    assert files == named
+    assert {"main.svg", "report.html", "result.json", "config.json"} < {file.name for file in files}
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Figures of a run, drawn from its result.json beside it, as SVG; matplotlib is needed, and only here."""
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 
-from data import DEMO
+from data import DEMO, whole
 from data.results.metrics import mean_of
-from data.results.store import replace_file
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
 
@@ -35,10 +33,9 @@ def figures(folder) -> list[str]:
     for name, draw in drawn.items():
         figure = draw(plt, result)
         figure.text(0.01, 1.01, caption, fontsize=7, color=GREY, ha="left", va="bottom")
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        whole(folder / name, lambda temporary: figure.savefig(
+            temporary, format="svg", metadata={"Date": None}, bbox_inches="tight"))
         plt.close(figure)
-        replace_file(folder / name, svg.getvalue())
     return list(drawn)
 
 

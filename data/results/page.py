@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DEMO
+from data import DEMO, whole
 from data.jsonl import label_rows
 from data.results.metrics import mean_of
 from data.results.report import remarks, shown, span
-from data.results.store import replace_file
 
 UNDRAWN = "<p>No figures: pip install matplotlib, then run the same command again.</p>"
 CLASSES = ("routed and right", "routed and wrong", "repaired by smoothing", "broken by smoothing",
@@ -39,7 +38,7 @@ def write_page(folder: Path, result: dict, runs: list[dict], drawn: list[str]) -
              "CLASSES": options(CLASSES, [row[10] for row in items]), "N": f"{len(items):,}",
              "ITEMS": safe_json(items)}
     page = re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE)      # once: no part is looked through
-    replace_file(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    whole(folder / "report.html", lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 def item_rows(run: dict) -> list[list]:

@@ -3,7 +3,6 @@ several made one."""
 import hashlib
 import io
 import json
-import os
 import shlex
 import sys
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataError, many
+from data import DataError, many, whole
 from data.cache import digest
 from data.jsonl import TEXTS, label_rows
 from data.results.metrics import accuracy, hidden_truth, own_right
@@ -126,11 +125,12 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
               for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
     items = io.BytesIO()
     np.savez_compressed(items, **arrays)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "items.npz", items.getvalue())
     lines = [json.dumps(row) + "\n" for r in runs for row in label_rows(r)]
-    replace_file(folder / "labels.jsonl", "".join(lines).encode())
-    replace_file(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    whole(folder / "items.npz", lambda temporary: temporary.write_bytes(items.getvalue()))
+    whole(folder / "labels.jsonl", lambda temporary: temporary.write_text("".join(lines), "utf-8"))
+    text = json.dumps(result, indent=1, allow_nan=False)
+    whole(folder / "result.json", lambda temporary: temporary.write_text(text, "utf-8"))
     return folder
 
 
@@ -214,13 +214,3 @@ def merged(paths) -> tuple[dict, list[dict]]:
     config = first["config"] | {"seeds": [run["seed"] for run in runs]}
     both = measured(runs, config["methods"]) | {"seconds": round(seconds, 2)}
     return first | {"command": "; ".join(commands), "config": config, "stages": stages, **both}, runs
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """The file whole, or as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
