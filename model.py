@@ -35,7 +35,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import data.many as many
 from data.architecture import ACTIVATIONS, Config, configure, tensors
-from data.checkpoint import check_device, find, is_norm, read_params, save, summary, tensor_files
+from data.checkpoint import (check_device, find, first_calls, is_norm, out_of_memory, read_params, save,
+                             summary, tensor_files)
 from data.families import FAMILIES
 from data.tokens import LoadError, Tokenizer, read_json
 
@@ -45,16 +46,6 @@ class TrainError(ValueError):
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
-
-OF_MKL = ("cos", "sin", "tanh", "exp", "log", "sqrt")
-
-
-def first_calls() -> None:
-    """MKL picks a function's code at its first call. When several threads make that call at once, one of them
-    may be given code that is right to 1e-4 only (pytorch issue 188792): hence one element each, before."""
-    for name, dtype in itertools.product(OF_MKL, (torch.float32, torch.float64)):
-        getattr(torch, name)(torch.ones(1, dtype=dtype))
-
 
 def load(source: str, *, device="cpu", dtype=torch.float32) -> "tuple[Transformer, Tokenizer]":
     """A directory in Hugging Face layout or a hub id (NAME or NAME@REVISION) -> (Transformer, Tokenizer);
@@ -447,12 +438,6 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         out[-1].append(i)
         room -= lengths[i]
     return out
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is what PyTorch raises when a GPU's or the machine's memory runs out."""
-    said = "can't allocate memory", "out of memory"
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def in_batches(model: Transformer, lengths: Sequence[int], budget: int | None,

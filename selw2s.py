@@ -263,7 +263,7 @@ from torch import Tensor
 from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit,
                   halves, items, judged, load_task, many, options_of, prompt, unconditional)
 from data.cache import Stages, digest
-from data.checkpoint import check_device
+from data.checkpoint import check_device, out_of_memory
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option, true_labels
 from data.results.page import write_page
@@ -273,8 +273,7 @@ from data.results.store import compared, merged, record, recorded, result_of, wr
 from data.results.work import forward, reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import GraphError, affinity, knn, normalise, propagate
-from model import (Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, out_of_memory, read,
-                   spread)
+from model import Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, read, spread
 
 HERE = Path(__file__).resolve().parent
 LARGE = 1e9     # parameters from which a model's activations are recomputed in the backward pass

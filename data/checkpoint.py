@@ -1,9 +1,10 @@
-"""A checkpoint on disk: files -> parameters under canonical names, and back.
+"""A checkpoint on disk: files -> parameters under canonical names, and back; the device they go to.
 
 No network here: model.py builds one from what this gives. Names from data/families.py, structure from the
 tensors present: every tensor of the files is consumed once or is known to be none of the network's, every
 expected one is there with its shape.
 """
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,22 @@ def check_device(device) -> None:
         line = next(iter(str(error).splitlines()), "")
         raise LoadError(f"device {str(device)!r} cannot be used ({line}): choose cpu, or cuda where there is "
                         "a GPU") from None
+
+
+OF_MKL = ("cos", "sin", "tanh", "exp", "log", "sqrt")
+
+
+def first_calls() -> None:
+    """MKL picks a function's code at its first call. When several threads make that call at once, one of them
+    may be given code that is right to 1e-4 only (pytorch issue 188792): hence one element each, before."""
+    for name, dtype in itertools.product(OF_MKL, (torch.float32, torch.float64)):
+        getattr(torch, name)(torch.ones(1, dtype=dtype))
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is what PyTorch raises when a GPU's or the machine's memory runs out."""
+    said = "can't allocate memory", "out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def find(source: str) -> Path:
