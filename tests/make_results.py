@@ -64,7 +64,12 @@ REAL = {            # the same for the real pair; a run that was not made is "no
     "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
                      ("result.json", "items.npz", *FIGURES)),
     "cosmosqa-answer": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
-                        ("result.json", "items.npz", *FIGURES))}
+                        ("result.json", "items.npz", *FIGURES)),
+    "cross-task-pair": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", "--methods",
+                         "naive", *ANSWER, "--analysis", "cross-task"), ("result.json", "analysis.svg")),
+    "difficulty-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "naive", *ANSWER,
+                         "--seeds", "0", "1", "2", "--analysis", "difficulty"),
+                        ("result.json", "analysis.svg"))}
 DECISIONS = {       # row of the README's table of decisions: flags of its alternatives
     "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
     "D3": (("--target", "soft"),),
@@ -259,23 +264,34 @@ def label_cell(result: dict, key: str) -> str:
     return f"{np.mean([r[key]['all'] for r in rows]):.3f}" if key in rows[0] else "not measured"
 
 
-def analysis_table(_: str) -> str:
-    """P(IK) across tasks and difficulties."""
-    cross, hard = kept("cross-task-sciq"), kept("difficulty-sciq")
+def means(rows: list[dict], *keys) -> list[str]:
+    """Of every key, over seeds."""
+    return [f"{mean_of(rows, key):.2f}" for key in keys]
 
-    def means(rows, *keys):
-        return [f"{mean_of(rows, key):.2f}" for key in keys]
-    lines = [row_of(["P(IK) trained on", *(f"used on {b}" for b in TASKS)]), "|---" * (len(TASKS) + 1) + "|"]
-    for a in TASKS:
-        cells = (means(cross["analysis"][f"{a} -> {b}"], "auroc", "ece", "accuracy") for b in TASKS)
+
+def cross_task_table(name: str) -> str:
+    """P(IK) from one task's D_l used on each one's D_u."""
+    result = kept(name)
+    if result is None:
+        return "not measured"
+    tasks = list(dict.fromkeys(pair.split(" -> ")[0] for pair in result["analysis"]))
+    lines = [row_of(["P(IK) trained on", *(f"used on {b}" for b in tasks)]), "|---" * (len(tasks) + 1) + "|"]
+    for a in tasks:
+        cells = (means(result["analysis"][f"{a} -> {b}"], "auroc", "ece", "accuracy") for b in tasks)
         lines.append(row_of([a, *map(", ".join, cells)]))
-    lines += ["", f"AUROC and ECE on D_u, accuracy of the selective student; {len(cross['config']['seeds'])} "
-              "seeds. On demo-sciq, difficulty being the weak model's loss:", "",
-              row_of(["P(IK) trained on", "AUROC on easy items of D_u", "on hard ones", "selective student"]),
-              "|---" * 4 + "|"]
-    for name, rows in hard["analysis"].items():
+    return "\n".join(lines)
+
+
+def difficulty_table(name: str) -> str:
+    """P(IK) from all, easy, hard items of D_l, used on easy and hard ones of D_u."""
+    result = kept(name)
+    if result is None:
+        return "not measured"
+    head = ["P(IK) trained on", "AUROC on easy items of D_u", "on hard ones", "selective student"]
+    lines = [row_of(head), "|---" * 4 + "|"]
+    for title, rows in result["analysis"].items():
         cells = means(rows, "auroc_on_easy", "auroc_on_hard", "accuracy")
-        lines.append(row_of([name.removeprefix("trained on ") + " items of D_l", *cells]))
+        lines.append(row_of([title.removeprefix("trained on ") + " items of D_l", *cells]))
     return "\n".join(lines)
 
 
@@ -479,15 +495,18 @@ def growth_table(_: str) -> str:
     return "\n".join([*lines, "", f"    {rows[0]['command']}"])
 
 
+RUNS = [name for name, (flags, _) in REAL.items() if "--analysis" not in flags]
 SELECTIVE = [name for name, (flags, _) in REAL.items() if "selective" in flags]
 PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS]), "output": demo_table,
          "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
-         "real-methods": lambda _: methods_table(REAL), "demo-methods": lambda _: methods_table(TASKS),
-         "analysis": analysis_table, "representation": representation_table,
-         "smoothing": smoothing_table, "choice": choice_table,
+         "real-methods": lambda _: methods_table(RUNS), "demo-methods": lambda _: methods_table(TASKS),
+         "cross-task-pair": lambda _: cross_task_table("cross-task-pair"),
+         "cross-task-sciq": lambda _: cross_task_table("cross-task-sciq"),
+         "difficulty-pair": lambda _: difficulty_table("difficulty-pair"),
+         "difficulty-sciq": lambda _: difficulty_table("difficulty-sciq"),
+         "representation": representation_table, "smoothing": smoothing_table, "choice": choice_table,
          "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
-         "plans": plans_table,
-         "growth": growth_table, "speed": speed_table, "sharing": sharing_table}
+         "plans": plans_table, "growth": growth_table, "speed": speed_table, "sharing": sharing_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 
