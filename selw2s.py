@@ -26,9 +26,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 # ------------------------------------------------------------------------------------ Config and command line
 ALWAYS = ("weak", "zero-shot")      # without training a student: rows of every run
@@ -175,16 +174,6 @@ def problem(config: Config) -> str:
     return ""
 
 
-def described(config: Config) -> str:
-    """The resolved configuration as the program prints it first."""
-    words = []
-    for name, value in asdict(config).items():
-        if value not in ("", ()):
-            words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
-                         break_long_words=False, break_on_hyphens=False)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line, generated from Config; a wrong flag ends the program: one line, exit code 2."""
     def layout(prog):
@@ -268,7 +257,7 @@ from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option, true_labels
 from data.results.page import write_page
 from data.results.plan import ahead, plan
-from data.results.report import shown, table
+from data.results.report import described, shown, table
 from data.results.store import compared, merged, record, recorded, result_of, write
 from data.results.work import forward, reading, stage_work
 from data.tokens import LoadError, encode_options
@@ -885,25 +874,7 @@ def neighbours(features: Tensor, k: int, device: str = "cpu") -> tuple[Tensor, T
     """k nearest by cosine, on device, features centred: one direction dominates raw hidden states [D15]."""
     x = features.float()
     x, k = x - x.mean(0), min(k, len(x) - 1)
-    return knn(x.to(device), k) if many.size() == 1 else knn_in_shares(x, k, device)
-
-
-def knn_in_shares(x: Tensor, k: int, device: str) -> tuple[Tensor, Tensor]:
-    """graph.knn of x (n, C) by several processes: each asks for its own rows, among every process's rows in
-    turn, so that a device holds two shares of x."""
-    every, n = torch.arange(len(x)), many.size()
-    mine = every[many.rank()::n]
-    index = torch.zeros(len(x), k, dtype=torch.int64, device=device)
-    similarity = torch.zeros(len(x), k, device=device)
-    if len(mine):
-        shares = [every[r::n] for r in range(n) if r < len(x)]
-        found = [knn(x[theirs].to(device), k + 1, queries=x[mine].to(device)) for theirs in shares]
-        at = torch.cat([theirs.to(device)[i] for theirs, (i, _) in zip(shares, found)], 1)
-        near = torch.cat([s for _, s in found], 1).masked_fill(at == mine.to(device)[:, None], -2)   # itself
-        at, order = at.sort(1)                  # ties go to the lower index
-        near, order = near.gather(1, order).sort(dim=1, descending=True, stable=True)
-        index[mine], similarity[mine] = at.gather(1, order)[:, :k], near[:, :k]
-    return many.joined(index, mine.tolist()), many.joined(similarity, mine.tolist())
+    return knn(x.to(device), k) if many.size() == 1 else many.nearest(knn, x, k, device)
 
 
 def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[float, int], Tensor]:
@@ -1140,15 +1111,9 @@ def one_seed(setup: Setup, seed: int) -> dict:
     return record(setup, prep, routers, s, done, homophily(transfer, s.chosen_alone, config.device))
 
 
-def loaded(name: str, config: Config) -> Task | str:
-    """A task's questions, or why they cannot be had; of several processes rank 0 reads (downloads) them."""
-    out = None
-    if many.rank() == 0:
-        try:
-            out = load_task(name, data_dir=config.data_dir or None)
-        except DataError as error:
-            out = str(error)
-    return many.word(out)
+def loaded(name: str, config: Config) -> Task:
+    """A task's questions, or DataError; of several processes rank 0 reads (downloads) them."""
+    return many.by_first(lambda: load_task(name, data_dir=config.data_dir or None), DataError)
 
 
 def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[Task, dict]:
@@ -1184,8 +1149,6 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
     """Task and models loaded, and how many questions had to be changed; load_model: --plan has its own.
     DataError for what the task's file and the flags do not give each other."""
     task, sources = loaded(config.task, config), config.weak
-    if isinstance(task, str):
-        raise DataError(task)
     if config.task in DEMO and not sources:
         sources = (str(HERE / "data/demo/weak"),)
     if not sources and not task.train[0].weak:

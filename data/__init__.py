@@ -261,7 +261,7 @@ def load_task(name: str, *, data_dir: str | None = None) -> Task:
     return task
 
 
-def whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """write(a temporary name), which then becomes `path`: readers find the file whole, or as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import data.many as many
-from data import whole
+from data import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = [ROOT / name for name in (    # all stages run it
@@ -104,7 +104,7 @@ def store(path: Path, values: dict, record: dict) -> None:
     texts = {name: x for name, x in values.items() if name not in tensors}
     metadata = {"record": json.dumps(record), "texts": json.dumps(texts)}
     metadata["sha256"] = digest(metadata["record"], metadata["texts"], *chain(*sorted(tensors.items())))
-    whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def stored(path: Path) -> tuple[dict, dict]:

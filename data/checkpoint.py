@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import whole
+from data import write_whole
 from data.architecture import Config, tensors, unread_keys
 from data.families import FAMILIES
 from data.tokens import TOKENIZER_FILES, LoadError, lacking, padding, read_json, there
@@ -242,9 +242,9 @@ def save(model, folder: Path, classifier: Tensor | None = None) -> None:
         said["pad_token_id"] = padding(model.folder, model.config.family, model.raw, model.config.vocab)
     raw = {key: value for key, value in model.raw.items() if key not in stale}
     folder.mkdir(parents=True, exist_ok=True)
-    whole(folder / "model.safetensors", lambda temporary: save_file(files, temporary, {"format": "pt"}))
+    write_whole(folder / "model.safetensors", lambda temporary: save_file(files, temporary, {"format": "pt"}))
     for name in TOKENIZER_FILES:
         if (model.folder / name).is_file():
-            whole(folder / name, lambda temporary: shutil.copyfile(model.folder / name, temporary))
+            write_whole(folder / name, lambda temporary: shutil.copyfile(model.folder / name, temporary))
     text = json.dumps(raw | said, indent=1)     # last: without it a folder is no model
-    whole(folder / "config.json", lambda temporary: temporary.write_text(text, "utf-8"))
+    write_whole(folder / "config.json", lambda temporary: temporary.write_text(text, "utf-8"))

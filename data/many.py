@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -106,6 +107,20 @@ def word(value):
     return box[0]
 
 
+def by_first(work: Callable, fault: type[Exception]):
+    """work(), done by rank 0 alone: its value on all, or its error, if it is of this type."""
+    out = None
+    if rank() == 0:
+        try:
+            out = work()
+        except fault as error:
+            out = error
+    out = word(out)
+    if isinstance(out, fault):
+        raise out
+    return out
+
+
 def groups(trained: dict[str, Tensor]) -> list[dict]:
     """For Adam, which cannot update sharded tensors and whole ones together."""
     whole = [x for x in trained.values() if share(x) is x]
@@ -122,6 +137,24 @@ def joined(x: Tensor, mine: list[int]) -> Tensor:
         x[others] = torch.zeros((), dtype=x.dtype, device=x.device)
         dist.all_reduce(x.view(torch.uint8))        # all but one add zero
     return x
+
+
+def nearest(knn: Callable, x: Tensor, k: int, device: str) -> tuple[Tensor, Tensor]:
+    """graph.knn of x (N, C), by several processes: each asks for its own rows, among every process's rows in
+    turn, so that a device holds two shares of x."""
+    every, n = torch.arange(len(x)), size()
+    mine = every[rank()::n]
+    index = torch.zeros(len(x), k, dtype=torch.int64, device=device)
+    similarity = torch.zeros(len(x), k, device=device)
+    if len(mine):
+        rows = [every[r::n] for r in range(n) if r < len(x)]
+        found = [knn(x[theirs].to(device), k + 1, queries=x[mine].to(device)) for theirs in rows]
+        at = torch.cat([theirs.to(device)[i] for theirs, (i, _) in zip(rows, found)], 1)
+        near = torch.cat([s for _, s in found], 1).masked_fill(at == mine.to(device)[:, None], -2)   # itself
+        at, order = at.sort(1)                  # ties go to the lower index
+        near, order = near.gather(1, order).sort(dim=1, descending=True, stable=True)
+        index[mine], similarity[mine] = at.gather(1, order)[:, :k], near[:, :k]
+    return joined(index, mine.tolist()), joined(similarity, mine.tolist())
 
 
 def total(x: Tensor) -> Tensor:

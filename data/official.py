@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from data import YES_NO, DataError, Question, Task, distinct, plain, whole
+from data import YES_NO, DataError, Question, Task, distinct, plain, write_whole
 
 COSMOS = "https://github.com/wilburOne/cosmosqa/raw/master/data/"
 FILES = {                                        # path below data_dir: bytes, SHA-256, homes
@@ -76,7 +76,7 @@ def _download(name: str, path: Path) -> None:
         problem = f"got {len(body):,} bytes of SHA-256 {found}, expected {size:,} of {sha256}"
     else:
         raise DataError(f"{path} is missing, no download: {problem}; get {homes[0]} and put it there")
-    whole(path, lambda temporary: temporary.write_bytes(body))
+    write_whole(path, lambda temporary: temporary.write_bytes(body))
 
 
 def key(kind: str, text: str) -> str:

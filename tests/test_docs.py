@@ -90,7 +90,7 @@ ALLOWED = {"selw2s": {"model", "graph", "data"}, "model": {"data"}, "graph": set
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_imports_point_one_way(file):
     """selw2s -> model, graph, data; model -> data.architecture, .checkpoint, .families, .tokens, .many;
-    data.checkpoint -> architecture -> families and tokens; data.cache -> data.many; both data.whole;
+    data.checkpoint -> architecture -> families and tokens; data.cache -> data.many; both data.write_whole;
     graph -> torch alone;
     data.results.work and .memory -> model, whose work they count; nothing imports selw2s but functions of
     data.results.analyses and .plan."""

@@ -189,9 +189,10 @@ def others(setup, names: list[str]) -> dict:
     config, out, tell = setup.config, {}, setup.stages.tell
     models = *(supervisor.model for supervisor in setup.supervisors), setup.strong
     for name in names:
-        task = selw2s.loaded(name, config)
-        if isinstance(task, str):
-            tell(f"data      {name} is left out: {task}")
+        try:
+            task = selw2s.loaded(name, config)
+        except DataError as error:
+            tell(f"data      {name} is left out: {error}")
         else:
             out[name], _ = selw2s.fitted(task, models, config, tell)
     if not out:

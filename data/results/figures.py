@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DEMO, whole
+from data import DEMO, write_whole
 from data.results.metrics import mean_of
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
@@ -33,7 +33,7 @@ def figures(folder) -> list[str]:
     for name, draw in drawn.items():
         figure = draw(plt, result)
         figure.text(0.01, 1.01, caption, fontsize=7, color=GREY, ha="left", va="bottom")
-        whole(folder / name, lambda temporary: figure.savefig(
+        write_whole(folder / name, lambda temporary: figure.savefig(
             temporary, format="svg", metadata={"Date": None}, bbox_inches="tight"))
         plt.close(figure)
     return list(drawn)

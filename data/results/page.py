@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DEMO, whole
+from data import DEMO, write_whole
 from data.jsonl import label_rows
 from data.results.metrics import mean_of
 from data.results.report import remarks, shown, span
@@ -38,7 +38,8 @@ def write_page(folder: Path, result: dict, runs: list[dict], drawn: list[str]) -
              "CLASSES": options(CLASSES, [row[10] for row in items]), "N": f"{len(items):,}",
              "ITEMS": safe_json(items)}
     page = re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE)      # once: no part is looked through
-    whole(folder / "report.html", lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
+    write_whole(folder / "report.html",
+                lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 def item_rows(run: dict) -> list[list]:

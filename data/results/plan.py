@@ -20,6 +20,7 @@ from data.architecture import configure
 from data.cache import digest
 from data.checkpoint import check_device
 from data.results.memory import Memory, held, of_finetuning, of_reading, of_states, shapes
+from data.results.report import described
 from data.tokens import TOKENIZER_FILES, LoadError, Tokenizer, read_json
 
 PEAK = {        # operations a second by the data sheets: SXM, dense, float32 without TF32
@@ -235,7 +236,7 @@ def page(rows: list[Row], here: tuple[str, float], dtype: str, devices: int = 1)
 def plan(config) -> list[Row]:
     """--plan: prints what a run with this selw2s.Config would cost; DataError and LoadError as the run."""
     import selw2s
-    print(selw2s.described(config))
+    print(described(config))
     if not config.device.startswith("cuda"):    # what a GPU would do can be planned without one
         check_device(config.device)
     setup, _ = selw2s.set_up(config, SimpleNamespace(tell=print), sketched)

@@ -3,12 +3,25 @@
 All of it follows, without a model, from what selw2s.record keeps of each seed: the arrays of items.npz, and a
 few numbers that stand in result.json (homophily, cross-fitted accuracy, sizes, truth used).
 """
+import textwrap
+from dataclasses import asdict
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.results.metrics import (accuracy, auroc, bootstrap, brier, ece, interval, pgr, pgr_interval, ratio,
                                   reliability, sign_flip)
+
+
+def described(config) -> str:
+    """The resolved selw2s.Config as the program prints it first."""
+    words = []
+    for name, value in asdict(config).items():
+        if value not in ("", ()):
+            words.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return textwrap.fill("config    " + " ".join(words), 110, subsequent_indent=" " * 10,
+                         break_long_words=False, break_on_hyphens=False)
 
 
 def diagnose(run: dict, methods) -> dict:

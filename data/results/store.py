@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataError, many, whole
+from data import DataError, many, write_whole
 from data.cache import digest
 from data.jsonl import TEXTS, label_rows
 from data.results.metrics import accuracy, hidden_truth, own_right
@@ -127,10 +127,10 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     np.savez_compressed(items, **arrays)
     lines = [json.dumps(row) + "\n" for r in runs for row in label_rows(r)]
     folder.mkdir(parents=True, exist_ok=True)
-    whole(folder / "items.npz", lambda temporary: temporary.write_bytes(items.getvalue()))
-    whole(folder / "labels.jsonl", lambda temporary: temporary.write_text("".join(lines), "utf-8"))
+    write_whole(folder / "items.npz", lambda temporary: temporary.write_bytes(items.getvalue()))
+    write_whole(folder / "labels.jsonl", lambda temporary: temporary.write_text("".join(lines), "utf-8"))
     text = json.dumps(result, indent=1, allow_nan=False)
-    whole(folder / "result.json", lambda temporary: temporary.write_text(text, "utf-8"))
+    write_whole(folder / "result.json", lambda temporary: temporary.write_text(text, "utf-8"))
     return folder
 
 
