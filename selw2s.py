@@ -1171,18 +1171,6 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
     return setup, counts
 
 
-def check_transcripts(setup: Setup) -> None:
-    """DataError for a transcript that does not fit into its supervisor's context in front of its question."""
-    for q in setup.task.train + setup.task.test:
-        for text, supervisor, title in zip(q.transcripts, setup.supervisors, setup.titles):
-            model, options = supervisor.model, options_of([q])[0]
-            whole = [f"{text}\n{prompt(q)}{option}" for option in options]
-            tokens, room = max(map(len, model.tokenizer.encode(whole))), model.network.config.context
-            if tokens > room:
-                raise DataError(f"question {q.id}: with its transcript for {title} it has "
-                                f"{tokens} tokens, over the model's {room}: shorten it")
-
-
 def run(config: Config) -> dict:
     """The method for all seeds; its files in <out>/<task>/<run id>/; returns the result."""
     start = time.perf_counter()
@@ -1439,3 +1427,15 @@ def debate(setup: Setup, prep: Prepared) -> Tensor:
         inputs = classified(f"debate {i + 1}", setup, supervisor.model, texts)
         out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, inputs, truth, prep.seed).p[0]
     return out
+
+
+def check_transcripts(setup: Setup) -> None:
+    """DataError for a transcript that does not fit into its supervisor's context in front of its question."""
+    for q in setup.task.train + setup.task.test:
+        for text, supervisor, title in zip(q.transcripts, setup.supervisors, setup.titles):
+            model, options = supervisor.model, options_of([q])[0]
+            whole = [f"{text}\n{prompt(q)}{option}" for option in options]
+            tokens, room = max(map(len, model.tokenizer.encode(whole))), model.network.config.context
+            if tokens > room:
+                raise DataError(f"question {q.id}: with its transcript for {title} it has "
+                                f"{tokens} tokens, over the model's {room}: shorten it")
