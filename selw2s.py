@@ -235,8 +235,6 @@ if __name__ == "__main__":   # a script ends here; what follows is the module
     import selw2s       # this file once more, under the name by which data.results.analyses knows it
     sys.exit(selw2s.main())
 
-import hashlib
-import json
 import math
 import random
 import zlib
@@ -249,20 +247,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data import (DEMO, DataError, Item, Question, Task, column_of, columns_shown, completion, deal, fit,
-                  halves, items, judged, load_task, many, options_of, prompt, unconditional)
-from data.cache import Stages, digest
+from data import (DEMO, DataError, Item, Question, Task, check_transcripts, column_of, columns_shown,
+                  completion, deal, fit, halves, items, judged, load_task, many, options_of, prompt,
+                  unconditional)
+from data.cache import Stages, digest, folder_digest
 from data.checkpoint import check_device, out_of_memory
+from data.results.analyses import analyse
 from data.results.figures import figures
 from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, right_option, true_labels
 from data.results.page import write_page
 from data.results.plan import ahead, plan
-from data.results.report import described, shown, table
-from data.results.store import compared, merged, record, recorded, result_of, write
+from data.results.report import data_line, described, p_ik_line, smoothing_line, table
+from data.results.store import compared, merged, record, recorded, result_of, titled, write
 from data.results.work import forward, reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import GraphError, affinity, knn, normalise, propagate
-from model import Answerer, Choice, Classifier, TrainError, finetune, hidden_at, load, read, spread
+from model import STUDENTS, Choice, TrainError, finetune, hidden_at, load, read, spread
 
 HERE = Path(__file__).resolve().parent
 LARGE = 1e9     # parameters from which a model's activations are recomputed in the backward pass
@@ -309,12 +309,7 @@ def pretrained(source: str, answers: bool, config: Config) -> Pretrained:
     size = sum(p.numel() for p in network.params.values())
     if spreads:
         network = spread(network, config.device)
-    h = hashlib.sha256()
-    for file in sorted(network.folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():
-            with open(file, "rb") as f:
-                h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return Pretrained(network, tokenizer, h.hexdigest(), learning_rate(size, answers, config),
+    return Pretrained(network, tokenizer, folder_digest(network.folder), learning_rate(size, answers, config),
                       passes(answers, config), size >= LARGE)
 
 
@@ -347,10 +342,10 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     inputs: token sequences or states (classifier), or Choices (a student that answers); ask: lists of the
     same; rule: target of a step from student's and given probability (model.finetune's target_fn). A stage:
     kept on disk. With --keep the finetuned model is saved too."""
-    config, answers = setup.config, isinstance(inputs[0], Choice)
+    config = setup.config
     settings = dict(lr=start.lr, epochs=start.epochs, batch=config.batch, seed=seed, tune=config.tune,
-                    checkpoint=start.large, student="answer" if answers else "classifier",
-                    offload=bool(config.offload))
+                    checkpoint=start.large, offload=bool(config.offload),
+                    student="answer" if isinstance(inputs[0], Choice) else "classifier")
     keep, progress = name == config.keep, setup.stages.progress
     work = stage_work(start.network, inputs, ask, settings, rule)
 
@@ -370,26 +365,25 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
     if keep and many.rank() == 0:
         state = {key.removeprefix("state."): x for key, x in out.items() if key.startswith("state.")}
         folder = f"{Path(config.task).stem}-{name}-seed{seed}-{out['weights'][:8]}"
-        made = Answerer if answers else Classifier
-        made(start.network, state).save(Path(config.out) / "students" / folder)
+        STUDENTS[settings["student"]](start.network, state).save(Path(config.out) / "students" / folder)
     return Outcome([out[f"p{i}"] for i in range(len(ask))], out["weights"])
 
 
 # ------------------------------------------------------------------------------------------- the three parts
 class Part(NamedTuple):
-    """One part of a seed's data, D_l, D_u or test, with all that steps 1 to 3 know of it: a row per item."""
-    items: list[Item]           # n; labels of D_u and test are read for ceiling, oracle and metrics only
+    """One part of a seed's data, D_l, D_u or test, a row per item. None: of a later step, or of D_l alone."""
+    items: list[Item]           # 1: n; labels of D_u and test are read for ceiling, oracle and metrics only
     questions: list[Question]   # n, the items' own; their answers likewise
-    inputs: list                # n, what a student is given: token ids, a state, or a Choice [D17]
-    weak: Tensor                # (n,) weak P(y = 1); on D_l cross-fitted
-    own: Tensor                 # (n,) self-generated label, 0/1
-    zero_shot: Tensor           # (n,) P(y = 1) of the strong model untouched: its belief in what is shown
-    belief: Tensor              # (n, K) its probability of each option text (--own judge: of no and yes)
-    prompt_state: Tensor        # (n, R, C) its hidden states where the question ends, no candidate shown yet
-    item_state: Tensor          # (n, R, C) its hidden states where the item's text ends
-    truth: Tensor | None = None     # (n,) labels of D_l; None elsewhere, as are the next two
-    gold: Tensor | None = None      # (n,) column of `belief` that is right
-    fold: Tensor | None = None      # (n,) fold of the item's group: its supervisor and probe saw the others
+    inputs: list | None = None          # n, what a student is given: token ids, a state, or a Choice [D17]
+    weak: Tensor | None = None          # 2: (n,) weak P(y = 1); on D_l cross-fitted
+    own: Tensor | None = None           # 3: (n,) self-generated label, 0/1
+    zero_shot: Tensor | None = None     # (n,) P(y = 1) of the strong model untouched, its belief in the item
+    belief: Tensor | None = None        # (n, K) its probability of each option text (--own judge: no, yes)
+    prompt_state: Tensor | None = None  # (n, R, C) its hidden states where the question ends, nothing shown
+    item_state: Tensor | None = None    # (n, R, C) its hidden states where the item's text ends
+    truth: Tensor | None = None         # of D_l alone: (n,) labels
+    gold: Tensor | None = None          # (n,) column of `belief` that is right
+    fold: Tensor | None = None          # (n,) of the item's group: its supervisor and probe saw the others
 
 
 def take(part: Part, rows: Tensor) -> Part:
@@ -404,13 +398,11 @@ def take(part: Part, rows: Tensor) -> Part:
 
 # --------------------------------------------------------------------------------------- 1. Split and format
 class Split(NamedTuple):
-    """Items of the three parts."""
-    labelled: list[Item]
-    transfer: list[Item]
-    test: list[Item]
-    question: dict[str, Question]       # by id
-    fold: Tensor                        # (n_l,) of D_l's items
-    examples: list[Item]                # of D_l, solved in front of what the strong model answers [D2]
+    """The three parts, and what of D_l is shown to the strong model."""
+    labelled: Part
+    transfer: Part
+    test: Part
+    examples: list[tuple[Item, Question]]   # of D_l, solved in front of what the strong model answers [D2]
     usable: Tensor                      # (n_l,) bool: not of an example's group, whose answer was shown
 
 
@@ -425,17 +417,20 @@ def split(setup: Setup, seed: int) -> Split:
     if config.shots > len(labelled) // 2:
         raise DataError(f"--shots {config.shots} would use up D_l, {len(labelled)} items: at most half")
     question = {q.id: q for q in task.train + task.test}
+    parts = [Part(some, [question[item.question_id] for item in some]) for some in (labelled, transfer, test)]
     picked = np.random.default_rng(seed).choice(len(labelled), config.shots, replace=False)
-    examples = [labelled[i] for i in picked]
-    in_prompt = {question[item.question_id].group for item in examples}
-    usable = torch.tensor([question[item.question_id].group not in in_prompt for item in labelled])
+    examples = [(labelled[i], parts[0].questions[i]) for i in picked]
+    in_prompt = {q.group for _, q in examples}
+    usable = torch.tensor([q.group not in in_prompt for q in parts[0].questions])
     fold = torch.tensor(deal(labelled, task.train, config.folds, random.Random(f"folds {seed}")))    # [D16]
     for f in range(config.folds):
         others = {item.label for item, other in zip(labelled, fold) if other != f}
         if not (fold[usable] == f).any() or len(others) < 2:
             raise DataError(f"D_l, {len(labelled)} items, is too small for --folds {config.folds} and "
                             f"--shots {config.shots}; give fewer, or more questions, in more groups")
-    return Split(labelled, transfer, test, question, fold, examples, usable)
+    parts[0] = parts[0]._replace(truth=true_labels(labelled), fold=fold,
+                                 gold=right_option(config, labelled, parts[0].questions))
+    return Split(*parts, examples, usable)
 
 
 # ---------------------------------------------------------------------------------------- 2. Weak supervisors
@@ -480,16 +475,16 @@ def trained_labels(name: str, setup: Setup, supervisor: Supervisor, inputs: list
     return finetuned(name, setup, supervisor.model, labelled, truth, ask, seed + 1000 * supervisor.order)
 
 
-def given_labels(setup: Setup, part: list[Item], question: dict[str, Question]) -> Tensor:
+def given_labels(setup: Setup, part: Part) -> Tensor:
     """(G, n) P(y = 1) by the G supervisors of the task's file; NaN where one abstains, or says nothing of
     test."""
-    def said(name, item):
-        q = question[item.question_id]
+    def said(name, item, q):
         p = dict(q.weak).get(name)
         return p[column_of(q.options, item.option)] if p else float("nan")
     names = [name for name, _ in setup.task.train[0].weak]
-    labels = torch.tensor([[said(name, item) for item in part] for name in names], dtype=torch.float32)
-    return labels.reshape(len(names), len(part))        # of no supervisor too
+    every = list(zip(part.items, part.questions))
+    labels = torch.tensor([[said(name, *pair) for pair in every] for name in names], dtype=torch.float32)
+    return labels.reshape(len(names), len(part.items))      # of no supervisor too
 
 
 def first_or_mean(labels: Tensor) -> Tensor:
@@ -500,18 +495,18 @@ def first_or_mean(labels: Tensor) -> Tensor:
 def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     """2. Finetune every weak model on D_l's ground truth; it labels D_u and test. For each fold of D_l the
     first one once more, trained on the other folds, labels that fold, and D_u too [D16]."""
-    texts, truth = [[item.text for item in part] for part in parts[:3]], true_labels(parts.labelled)
-    given = [given_labels(setup, part, parts.question) for part in parts[:3]]
-    trained, inputs = [], {}        # inputs: of each model, by its first supervisor, for all its orders
+    texts, truth = [[item.text for item in part.items] for part in parts[:3]], parts.labelled.truth
+    given = [given_labels(setup, part) for part in parts[:3]]
+    trained, inputs = [], []        # inputs: of each model, the same for all its orders
     for i, supervisor in enumerate(setup.supervisors):
-        name, first = f"weak {i + 1}" if i else "weak", i - supervisor.order
-        if i == first:
-            inputs[i] = classified(name, setup, supervisor.model, texts)
-        trained.append(trained_labels(name, setup, supervisor, inputs[first], truth, seed))
+        name = f"weak {i + 1}" if i else "weak"
+        if supervisor.order == 0:
+            inputs.append(classified(name, setup, supervisor.model, texts))
+        trained.append(trained_labels(name, setup, supervisor, inputs[-1], truth, seed))
     transfer, test = (torch.cat([out.p[i][None] for out in trained] + [given[i + 1]]) for i in range(2))
     weak, folds = first_or_mean(transfer), setup.config.folds
     if trained:
-        cross, by_fold = cross_fitted(setup, parts, inputs[0], truth, seed)
+        cross, by_fold = cross_fitted(setup, parts.labelled, inputs[0], seed)
         weights, made = trained[0].weights, f"cross-fitted ({folds} folds)"
     else:
         cross, by_fold = first_or_mean(given[0]), weak.expand(folds, -1)
@@ -521,35 +516,19 @@ def supervise(setup: Setup, parts: Split, seed: int) -> Supervised:
     return Supervised(cross, weak, first_or_mean(test), weights, by_fold, transfer)
 
 
-def cross_fitted(setup: Setup, parts: Split, inputs: list[list], truth: Tensor,
-                 seed: int) -> tuple[Tensor, Tensor]:
-    """Supervised.labelled and .by_fold; inputs as trained_labels has them, truth (n_l,) D_l's [D16]."""
+def cross_fitted(setup: Setup, part: Part, inputs: list[list], seed: int) -> tuple[Tensor, Tensor]:
+    """Supervised.labelled and .by_fold; part: D_l, inputs as trained_labels has them [D16]."""
     weak, folds, (labelled, transfer, _) = setup.supervisors[0].model, setup.config.folds, inputs
     cross, by_fold = torch.empty(len(labelled)), torch.empty(folds, len(transfer))
     for f in range(folds):
-        learn, held = (parts.fold != f).nonzero()[:, 0], (parts.fold == f).nonzero()[:, 0]
-        out = finetuned(f"cross-{f}", setup, weak, [labelled[i] for i in learn], truth[learn],
+        learn, held = (part.fold != f).nonzero()[:, 0], (part.fold == f).nonzero()[:, 0]
+        out = finetuned(f"cross-{f}", setup, weak, [labelled[i] for i in learn], part.truth[learn],
                         [[labelled[i] for i in held], transfer], seed)
         cross[held], by_fold[f] = out.p
     return cross, by_fold
 
 
 # ----------------------------------------------------------------------------------- 3. Self-generated labels
-class Elicited(NamedTuple):
-    """What the pretrained strong model says of n questions; fields as in Part."""
-    own: Tensor
-    zero_shot: Tensor
-    belief: Tensor
-    prompt_state: Tensor
-    item_state: Tensor
-
-
-def layers_read(strong: Pretrained) -> tuple:
-    """The R hidden states offered to probe and graph: middle, three quarters, after the final norm [D14]."""
-    depth = strong.network.config.layers
-    return tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))
-
-
 def likelihoods(name: str, setup: Setup, prompts: list[str], completions: list[list[str]],
                 layers: tuple) -> dict[str, Tensor]:
     """Each completion's log-likelihood, and its and its prompt's hidden states of these layers, in one pass
@@ -589,9 +568,9 @@ class Said(NamedTuple):
 def read_questions(setup: Setup, questions: list[Question], before: str = "") -> Said:
     """3a. One pass over questions, each after the solved examples `before` [D2]. Of all questions of the
     task, without examples, it is the same for all seeds."""
-    own, completions = setup.config.own, options_of(questions)
-    reads = likelihoods("read", setup, [before + prompt(q) for q in questions], completions,
-                        layers_read(setup.strong))
+    own, completions, depth = setup.config.own, options_of(questions), setup.strong.network.config.layers
+    layers = tuple(dict.fromkeys((depth // 2, 3 * depth // 4, None)))   # offered to probe and graph [D14]
+    reads = likelihoods("read", setup, [before + prompt(q) for q in questions], completions, layers)
     score = reads["loglik"]
     if own == "mean":
         score = score / reads["option_tokens"].clamp_min(1)
@@ -603,34 +582,34 @@ def read_questions(setup: Setup, questions: list[Question], before: str = "") ->
     return Said(row, score, reads["prompt_state"], reads["item_state"])
 
 
-def judgement(setup: Setup, name: str, part: list[Item], questions: list[Question], examples) -> Tensor:
+def judgement(setup: Setup, name: str, part: Part, examples: list[tuple[Item, Question]]) -> Tensor:
     """(n, 2) float64 log-likelihoods that the candidate shown is wrong, and right, as the strong model judges
-    it [D1]; examples: pairs of Item and Question."""
+    it [D1]."""
     before = "".join(f"{judged(item, q)} {item.label}\n\n" for item, q in examples)
-    prompts = [before + judged(item, q) for item, q in zip(part, questions)]
-    completions = [[" 0", " 1"]] * len(part)
+    prompts = [before + judged(item, q) for item, q in zip(part.items, part.questions)]
+    completions = [[" 0", " 1"]] * len(prompts)
     if name == "labelled":
         setup.stages.tell(f"3 judge    {prompts[0]!r:.200} + one of {completions[0]}")
     return likelihoods(f"read {name} judge", setup, prompts, completions, ())["loglik"]
 
 
-def elicit(setup: Setup, name: str, part: list[Item], questions: list[Question], parts: Split,
-           said: Said) -> Elicited:
+def elicit(setup: Setup, name: str, part: Part, examples: list[tuple[Item, Question]], said: Said) -> Part:
     """3b. The option with the largest log-likelihood given the question is the strong model's own answer
     [D1]; the own label of an item is 1 if the candidate it shows is that answer."""
+    items, questions = part.items, part.questions
     row = [said.row[q.id] for q in questions]
-    column = torch.tensor(columns_shown(part, questions))                                   # (n,)
+    column = torch.tensor(columns_shown(items, questions))                                  # (n,)
     score, prompt_state, at_option = said.score[row], said.prompt_state[row], said.option_state[row, column]
     # where the item's text ends: a yes/no question is itself the item
-    whole = torch.tensor([item.text == prompt(q) for item, q in zip(part, questions)])
+    whole = torch.tensor([item.text == prompt(q) for item, q in zip(items, questions)])
     item_state = torch.where(whole[:, None, None], prompt_state, at_option)
     if setup.config.own == "judge":
-        examples = [(item, parts.question[item.question_id]) for item in parts.examples]
-        score, column = judgement(setup, name, part, questions, examples), torch.ones_like(column)
+        score, column = judgement(setup, name, part, examples), torch.ones_like(column)
     belief = untied(score.softmax(1), questions)                                            # (n, K)
-    label = (belief.argmax(1) == column).float()                            # hard: 0 or 1 [D13]
+    own = (belief.argmax(1) == column).float()                              # hard: 0 or 1 [D13]
     zero_shot = belief.gather(1, column[:, None])[:, 0].float()
-    return Elicited(label, zero_shot, belief, prompt_state, item_state)
+    return part._replace(own=own, zero_shot=zero_shot, belief=belief, prompt_state=prompt_state,
+                         item_state=item_state)
 
 
 def answer_right(learn: Part) -> Tensor:
@@ -638,16 +617,17 @@ def answer_right(learn: Part) -> Tensor:
     return learn.belief.argmax(1) == learn.gold
 
 
-def student_inputs(setup: Setup, parts: list[list[Item]], question: dict[str, Question]) -> list[list]:
+def student_inputs(setup: Setup, parts: list[Part]) -> list[list]:
     """What a student is given of each item of each part, in training and after: its text (classified), or the
     question with all options and which of them is shown [D17]."""
     if setup.config.student == "classifier":
-        return classified("strong", setup, setup.strong, [[item.text for item in part] for part in parts])
+        texts = [[item.text for item in part.items] for part in parts]
+        return classified("strong", setup, setup.strong, texts)
     out = []
     for part in parts:
-        asked = [question[item.question_id] for item in part]
-        heads, tails = encode_options(setup.strong.tokenizer, [prompt(q) for q in asked], options_of(asked))
-        out.append([Choice(*given) for given in zip(heads, tails, columns_shown(part, asked))])
+        prompts, completions = [prompt(q) for q in part.questions], options_of(part.questions)
+        heads, tails = encode_options(setup.strong.tokenizer, prompts, completions)
+        out.append([Choice(*given) for given in zip(heads, tails, columns_shown(part.items, part.questions))])
     return out
 
 
@@ -665,21 +645,14 @@ def prepare(setup: Setup, seed: int) -> Prepared:
     """Steps 1 to 3 for one seed."""
     parts = split(setup, seed)
     supervised, out = supervise(setup, parts, seed), {}
-    examples = [parts.question[item.question_id] for item in parts.examples]
-    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for q in examples)
-    first = parts.question[parts.labelled[0].question_id]
+    before = "".join(prompt(q) + completion(q, q.answer) + "\n\n" for _, q in parts.examples)
+    first = parts.labelled.questions[0]
     setup.stages.tell(f"3 prompt   {before + prompt(first)!r:.200} + one of {options_of([first])[0]}")
     said = read_questions(setup, setup.task.train + setup.task.test, before)
-    inputs = student_inputs(setup, parts[:3], parts.question)
-    for name, part, given in zip(("labelled", "transfer", "test"), parts, inputs):
-        questions = [parts.question[item.question_id] for item in part]
-        elicited = elicit(setup, name, part, questions, parts, said)
-        out[name] = Part(part, questions, given, getattr(supervised, name), *elicited)
-    labelled = out["labelled"]
-    out["labelled"] = labelled = labelled._replace(
-        truth=true_labels(labelled.items),
-        gold=right_option(setup.config, labelled.items, labelled.questions), fold=parts.fold)
-    learn = take(labelled, parts.usable)
+    for name, part, inputs in zip(("labelled", "transfer", "test"), parts, student_inputs(setup, parts[:3])):
+        part = part._replace(inputs=inputs, weak=getattr(supervised, name))
+        out[name] = elicit(setup, name, part, parts.examples, said)
+    learn = take(out["labelled"], parts.usable)
     right = answer_right(learn).double().mean()
     setup.stages.tell(f"3 own      strong model's own answers right on {right:.3f} of D_l's questions, "
                       f"untouched accuracy {accuracy(learn.zero_shot, learn.truth):.3f}")
@@ -799,18 +772,13 @@ class Known(NamedTuple):
         return self.probe.predict(router_features(self.router, part)[self.layer]).float()
 
 
-def ik_target(config: Config, learn: Part) -> Tensor:
-    """(n,) float64, what P(IK) is trained on: own answer right or not, or p(right option) [D3]."""
-    if config.target == "hard":
-        return answer_right(learn).double()
-    return learn.belief.gather(1, learn.gold[:, None])[:, 0].double()
-
-
 def know(config: Config, prep: Prepared, router: str) -> Known:
     """4. P(IK): a linear probe, before any candidate is shown, of whether the own answer is right; trained on
     D_l, L2 and layer by cross-validation there."""
-    target = ik_target(config, prep.learn).to(config.device)
-    probes = [fit_probe(features.to(config.device), target, fold=prep.learn.fold)
+    target = answer_right(prep.learn).double()
+    if config.target == "soft":     # p(right option) [D3]
+        target = prep.learn.belief.gather(1, prep.learn.gold[:, None])[:, 0].double()
+    probes = [fit_probe(features.to(config.device), target.to(config.device), fold=prep.learn.fold)
               for features in router_features(router, prep.learn)]
     layer = min(range(len(probes)), key=lambda r: probes[r].loss)
     probe = Probe(*(x.cpu() if isinstance(x, Tensor) else x for x in probes[layer]))
@@ -857,12 +825,10 @@ def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Te
     confidence = [sure.held_out, sure.predict(log_odds(transfer.weak).abs()[:, None])]
     rules = {"answers": every(float(a)), "labels": every((float(a) - q) / (1 - q)),
              "item": [((c - q) / (1 - q)).float() for c in confidence]}
-    if config.tau != "auto":
-        return config.tau, *rules[config.tau]
-    right = {}
-    for rule, (tau_learn, _) in rules.items():
-        right[rule] = accuracy(route(p_learn, learn.own, learn.weak, tau_learn)[0], learn.truth)
-    best = max(right, key=right.get)
+
+    def right(rule):
+        return accuracy(route(p_learn, learn.own, learn.weak, rules[rule][0])[0], learn.truth)
+    best = max(rules, key=right) if config.tau == "auto" else config.tau
     return best, *rules[best]
 
 
@@ -913,46 +879,39 @@ class Smoothing(NamedTuple):
 
 
 class View(NamedTuple):
-    """One fold of D_l beside D_u, m items, all labelled by the supervisor that saw neither; only the fold's
-    truth is known."""
-    near: list          # of each of the R hidden states read, the neighbour list
+    """One fold of D_l beside D_u, m items, labelled by the supervisor that saw neither, so that labels and
+    density are those smoothing will meet; only the fold's truth is known [D6]."""
+    near: list          # of each of the R hidden states read, the neighbour list; empty: nothing to choose
     prior: Tensor       # (m,) P(y = 1)
-    truth: Tensor       # (m,) what is known of it
+    truth: Tensor       # (m,) what is known of it, else NaN
     scored: Tensor      # (m,) bool: has truth, and would be smoothed
 
 
-def neighbours_by_fold(prep: Prepared, config: Config) -> dict[int, list]:
-    """View.near of every fold of D_l; empty where --alpha 0 leaves nothing to choose."""
-    learn, out, k = prep.learn, {}, max(KS) if config.k == "auto" else config.k
+def views(prep: Prepared, config: Config) -> list[View]:
+    """One per fold of D_l, the fold's items first; all of them are scored."""
+    learn, transfer, out, k = prep.learn, prep.transfer, [], max(KS) if config.k == "auto" else config.k
     for f in learn.fold.unique().tolist():
-        out[f] = []
+        at, near = learn.fold == f, []
         if config.alpha != 0:
-            states = torch.cat([learn.item_state[learn.fold == f], prep.transfer.item_state])
-            out[f] = [neighbours(x, k, config.device) for x in states.unbind(1)]
-    return out
-
-
-def views(prep: Prepared, near: dict[int, list], routed_learn: Tensor, routed_transfer: Tensor,
-          anchors: bool) -> list[View]:
-    """One per fold of D_l, so that labels and density are those smoothing will meet [D6]. Rows that take the
-    own label, routed_* (n,) bool, are not scored and, with anchors, have it as their prior [D5]."""
-    learn, transfer, out = prep.learn, prep.transfer, []
-    for f, lists in near.items():
-        at = learn.fold == f
+            states = torch.cat([learn.item_state[at], transfer.item_state])
+            near = [neighbours(x, k, config.device) for x in states.unbind(1)]
         prior = torch.cat([learn.weak[at], prep.supervised.by_fold[f]])
-        own = torch.cat([learn.own[at], transfer.own])
-        is_self = torch.cat([routed_learn[at], routed_transfer])
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
-        if anchors:
-            prior = torch.where(is_self, own, prior)
-        out.append(View(lists, prior, truth, ~truth.isnan() & ~is_self))
+        out.append(View(near, prior, truth, ~truth.isnan()))
     return out
 
 
-def right_where_scored(graphs: list[View], labels: list[Tensor]) -> Tensor:
-    """1.0 where the label of a scored item is right, all views' one after the other; labels (m,) per view."""
-    return torch.cat([((p > 0.5) == (view.truth > 0.5))[view.scored].double()
-                      for view, p in zip(graphs, labels)])
+def routed_views(graphs: list[View], prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor,
+                 anchors: bool) -> list[View]:
+    """The views where rows, routed_* (n,) bool, take the own label: those are not scored and, with anchors,
+    have it as their prior [D5]."""
+    learn, transfer, out = prep.learn, prep.transfer, []
+    for f, view in zip(learn.fold.unique(), graphs):
+        is_self = torch.cat([routed_learn[learn.fold == f], routed_transfer])
+        own = torch.cat([learn.own[learn.fold == f], transfer.own])
+        prior = torch.where(is_self, own, view.prior) if anchors else view.prior
+        out.append(view._replace(prior=prior, scored=view.scored & ~is_self))
+    return out
 
 
 def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
@@ -962,19 +921,21 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     auto, smallest = config.alpha == "auto", min(len(view.prior) for view in graphs)
     alphas = ALPHAS if auto else (float(config.alpha),)
     ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)
-    right = right_where_scored(graphs, [view.prior for view in graphs])
+
+    def right_of(labels):       # 1.0 where the label of a scored item is right, all views' in turn
+        return torch.cat([((p > 0.5) == (view.truth > 0.5))[view.scored].double()
+                          for view, p in zip(graphs, labels)])
+    right = right_of([view.prior for view in graphs])
     if len(right) < 2 or smallest < 2:      # nothing to choose by
         return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
     before = float(right.mean())
     best = Smoothing(0, 0.0, ks[0], before, before)
-    if alphas == (0.0,):
-        return best
-    if not auto:
+    if config.alpha not in ("auto", 0):
         best = best._replace(after=-1.0)    # which a fixed alpha beats
     for layer in range(len(graphs[0].near)):
         found = [smooth_grid(view.near[layer], view.prior, alphas, ks, config.gamma) for view in graphs]
         for alpha, k in found[0]:
-            now = right_where_scored(graphs, [smoothed[alpha, k] for smoothed in found])
+            now = right_of([smoothed[alpha, k] for smoothed in found])
             gain = now - right
             clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
             if clear and float(now.mean()) > best.after:
@@ -1005,10 +966,9 @@ def select(config: Config, prep: Prepared, p_learn: Tensor, p_transfer: Tensor) 
     routed, is_self = route(p_transfer, transfer.own, transfer.weak, tau)
     _, is_self_learn = route(p_learn, learn.own, learn.weak, tau_learn)
 
-    nobody = [torch.zeros_like(some) for some in (is_self_learn, is_self)]
-    near = neighbours_by_fold(prep, config)
-    chosen = choose_smoothing(views(prep, near, is_self_learn, is_self, bool(config.anchors)), config)  # [D6]
-    alone = choose_smoothing(views(prep, near, *nobody, False), config)
+    graphs = views(prep, config)
+    routed_graphs = routed_views(graphs, prep, is_self_learn, is_self, bool(config.anchors))
+    chosen, alone = choose_smoothing(routed_graphs, config), choose_smoothing(graphs, config)           # [D6]
     prior = routed if config.anchors else transfer.weak                                             # [D5]
 
     def smoothed(labels, c):
@@ -1085,21 +1045,11 @@ def one_seed(setup: Setup, seed: int) -> dict:
     prep = prepare(setup, seed)
     routers = {router: know(config, prep, router) for router in ROUTERS}
     known = routers[config.route]
-    right = answer_right(prep.learn).double()
-    areas = [f"{router} {shown(auroc(k.learn, right), '.3f')}" for router, k in routers.items()]
-    where = f"layer read {known.layer + 1} of {prep.learn.prompt_state.shape[1]}, "
-    tell(f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, "
-         f"{'' if known.router == 'belief' else where}l2 {known.probe.l2:g})")
+    tell(p_ik_line(routers, known, answer_right(prep.learn), prep.learn.prompt_state.shape[1]))
     s = select(config, prep, known.learn, known.transfer)
     tell(f"5 route    tau {s.tau.double().mean():.3f} ({s.rule}): own label on "
          f"{s.is_self.double().mean():.3f} of D_u")
-    c = s.chosen
-    if c.before is None:
-        tell(f"6 smooth   no label of D_l is left to choose by: alpha {c.alpha:g}")
-    else:
-        off = " (off: no smoothing helps there)" if c.alpha == 0 and config.alpha == "auto" else ""
-        tell(f"6 smooth   alpha {c.alpha:g}, k {c.k}: accuracy of D_l's unrouted labels "
-             f"{c.before:.3f} -> {c.after:.3f}{off}")
+    tell(smoothing_line(s.chosen, auto=config.alpha == "auto"))
     transfer, test = prep.transfer, prep.test
     untouched = setup.strong.sha256
     done = {"weak": Predictions(transfer.weak, transfer.weak, test.weak, prep.supervised.weights),
@@ -1121,28 +1071,8 @@ def fitted(task, models: tuple[Pretrained, ...], config: Config, tell) -> tuple[
     room = min(1024, *(model.network.config.context for model in models))
     task, counts = fit(task, [model.tokenizer.encode for model in models], room,
                        apart=config.protocol == "paper", limit=config.limit)
-    line = f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions"
-    if config.task in DEMO:
-        line += " (synthetic world, see data/world.py)"
-    if task.repeated:
-        line += f"; {task.repeated} option(s) repeat another of their question and count once"
-    if counts["left_out"]:
-        line += f"; {counts['left_out']} of train left out: test has them"
-    if counts["cut"]:
-        line += f"; {counts['cut']} contexts cut to fit {room} tokens"
-    tell(line)
+    tell(data_line(task, counts, room, synthetic=config.task in DEMO))
     return task, counts
-
-
-def titled(names: list[str]) -> list[str]:
-    """The names, each once: #2, #3 ... is another of the same name, as another order of training is."""
-    out = []
-    for name in names:
-        title, count = name, 1
-        while title in out:
-            title, count = f"{name} #{count + 1}", count + 1
-        out.append(title)
-    return out
 
 
 def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup, dict]:
@@ -1165,10 +1095,9 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
     supervisors = tuple(Supervisor(model, order) for model in weak for order in range(config.weak_seeds))
     names = [Path(source).resolve().name for source in sources for _ in range(config.weak_seeds)]
     titles = titled(names + [name for name, _ in task.train[0].weak])
-    setup = Setup(config, task, supervisors, strong, titles, stages)
     if "debate" in config.methods:
-        check_transcripts(setup)
-    return setup, counts
+        check_transcripts(task.train + task.test, [supervisor.model for supervisor in supervisors], titles)
+    return Setup(config, task, supervisors, strong, titles, stages), counts
 
 
 def run(config: Config) -> dict:
@@ -1194,10 +1123,7 @@ def run(config: Config) -> dict:
     setup.strong.network.check_head()
     setup.stages.progress.ahead = ahead(setup)
     runs = [one_seed(setup, seed) for seed in config.seeds]
-    analysis = None
-    if config.analysis:
-        from data.results.analyses import analyse       # here, as it asks for this module's steps
-        analysis = analyse(setup)
+    analysis = analyse(setup) if config.analysis else None
     result = result_of(setup, counts, runs, analysis, time.perf_counter() - start)
     if many.rank() == 0:
         finish(result, runs, config.out)
@@ -1231,7 +1157,7 @@ def rerun(config: Config) -> None:
         line = str(error)
     if line:
         raise DataError(f"{config.rerun}: not a result.json of this program ({line})")
-    print(compared(old, json.loads(json.dumps(run(again))), config.rerun))
+    print(compared(old, run(again), config.rerun))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1276,7 +1202,7 @@ def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
         case "logconf" | "product":
             return weak
         case "confidence-only":
-            return left_out_but(surer(weak), weak)
+            return torch.where(surer(weak), weak, torch.nan)
         case "fused":
             return fused(prep, known.learn, known.transfer)
         case "trust":
@@ -1288,14 +1214,14 @@ def related(method: str, setup: Setup, prep: Prepared, known: Known, s: Selected
         case "two-stage":
             return two_stage(setup, prep)
         case "label-model":
-            p, _ = label_model(torch.cat([every, prep.transfer.own[None]]))
-            return p
+            return label_model(torch.cat([every, prep.transfer.own[None]]))[0]
         case "debate":
             return debate(setup, prep).nanmean(0)
         case "chain":           # weak -> student -> student
             return student("naive", setup, prep, known, s).transfer
-        case "oracle":
-            return oracle(setup.config, prep)
+        case "oracle":          # a router that knows where the own label is right: not attainable
+            knows = [(part.own == hidden_truth(part)).float() for part in (prep.learn, prep.transfer)]
+            return select(replace(setup.config, tau=0.5), prep, *knows).selective
     raise ValueError(method)
 
 
@@ -1327,11 +1253,6 @@ def surer(labels: Tensor, share: float = 0.5) -> Tensor:
     return out
 
 
-def left_out_but(rows: Tensor, labels: Tensor) -> Tensor:
-    """labels (n,) where rows (n,) bool; NaN, left out, elsewhere."""
-    return torch.where(rows, labels, torch.nan)
-
-
 def trust(prep: Prepared, p_ik: Tensor) -> Tensor:
     """Per-item router, the symmetric form: own label where P(IK) (n_u,) >= P(weak right), a second probe."""
     learn, transfer = prep.learn, prep.transfer
@@ -1349,12 +1270,6 @@ def fused(prep: Prepared, p_learn: Tensor, p_transfer: Tensor) -> Tensor:
         return torch.stack([weak, strong, known, weak * strong, weak * known, strong * known], 1)
     probe = fit_probe(features(prep.learn, p_learn), prep.learn.truth, fold=prep.learn.fold)
     return probe.predict(features(prep.transfer, p_transfer)).float()
-
-
-def oracle(config: Config, prep: Prepared) -> Tensor:
-    """The method's labels with a router that knows where the own label is right: not attainable."""
-    knows = [(part.own == hidden_truth(part)).float() for part in (prep.learn, prep.transfer)]
-    return select(replace(config, tau=0.5), prep, *knows).selective
 
 
 def raven() -> Callable:
@@ -1394,8 +1309,8 @@ def two_stage(setup: Setup, prep: Prepared, share: float = 0.5, sure: float = 0.
         return mean
     out = finetuned("two-stage first", setup, setup.strong, [inputs[i] for i in rows],
                     learnt(setup.config, mean[rows]), [[inputs[i] for i in others]], prep.seed)
-    labels = left_out_but(first, mean)
-    labels[others] = left_out_but((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0])
+    labels = torch.where(first, mean, torch.nan)
+    labels[others] = torch.where((out.p[0] - 0.5).abs() >= sure - 0.5, out.p[0], torch.nan)
     return labels
 
 
@@ -1427,15 +1342,3 @@ def debate(setup: Setup, prep: Prepared) -> Tensor:
         inputs = classified(f"debate {i + 1}", setup, supervisor.model, texts)
         out[i] = trained_labels(f"debate {i + 1}", setup, supervisor, inputs, truth, prep.seed).p[0]
     return out
-
-
-def check_transcripts(setup: Setup) -> None:
-    """DataError for a transcript that does not fit into its supervisor's context in front of its question."""
-    for q in setup.task.train + setup.task.test:
-        for text, supervisor, title in zip(q.transcripts, setup.supervisors, setup.titles):
-            model, options = supervisor.model, options_of([q])[0]
-            whole = [f"{text}\n{prompt(q)}{option}" for option in options]
-            tokens, room = max(map(len, model.tokenizer.encode(whole))), model.network.config.context
-            if tokens > room:
-                raise DataError(f"question {q.id}: with its transcript for {title} it has "
-                                f"{tokens} tokens, over the model's {room}: shorten it")

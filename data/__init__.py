@@ -240,6 +240,18 @@ def fit(task: Task, encoders, room: int, *, apart: bool = True, limit: int = 0) 
     return task._replace(train=after[:n], test=after[n:]), counts
 
 
+def check_transcripts(questions: list[Question], models: Sequence, titles: list[str]) -> None:
+    """DataError for a transcript that does not fit into its supervisor's context in front of its question;
+    the supervisors' selw2s.Pretrained and titles."""
+    for q in questions:
+        for text, model, title in zip(q.transcripts, models, titles):
+            whole = [f"{text}\n{prompt(q)}{option}" for option in options_of([q])[0]]
+            tokens, room = max(map(len, model.tokenizer.encode(whole))), model.network.config.context
+            if tokens > room:
+                raise DataError(f"question {q.id}: with its transcript for {title} it has "
+                                f"{tokens} tokens, over the model's {room}: shorten it")
+
+
 def load_task(name: str, *, data_dir: str | None = None) -> Task:
     """A task by name, or a user's own by a path that ends in .jsonl; raises DataError.
 

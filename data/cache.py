@@ -44,6 +44,16 @@ def digest(*parts) -> str:
     return h.hexdigest()
 
 
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's files, by name and content."""
+    h = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".txt", ".tiktoken") and file.is_file():
+            with open(file, "rb") as f:
+                h.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return h.hexdigest()
+
+
 class Stages:
     """stages(...) gives a stage's values: <out>/cache/<stage>-<sha256 of what it depends on>.safetensors.
 

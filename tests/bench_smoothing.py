@@ -49,11 +49,10 @@ def best_on_transfer(prep, config) -> float:
 def measure(prep, config) -> dict:
     """{view: label accuracy of D_u after its choice, and the choice}."""
     truth, transfer = hidden_truth(prep.transfer), prep.transfer
-    nobody = [torch.zeros(len(part.items), dtype=torch.bool) for part in (prep.learn, transfer)]
-    folds, ks, lists = len(prep.supervised.by_fold), selw2s.KS, selw2s.neighbours_by_fold(prep, config)
+    folds, ks = len(prep.supervised.by_fold), selw2s.KS
     chosen = {"fold": selw2s.choose_smoothing(d_l_views(prep, True), config),
               "all": selw2s.choose_smoothing(d_l_views(prep, False), config),
-              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, lists, *nobody, False), config)}
+              "fold + D_u": selw2s.choose_smoothing(selw2s.views(prep, config), config)}
     selw2s.KS = tuple(max(1, round(k / folds)) for k in ks)
     near = selw2s.choose_smoothing(d_l_views(prep, True), config)
     chosen["fold, k/5"] = near._replace(k=ks[selw2s.KS.index(near.k)])

@@ -305,8 +305,7 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
     prep = prepared()
     own_l, own_u = torch.rand(50) < 0.4, torch.rand(40) < 0.4
     for anchors in (True, False):
-        near = s.neighbours_by_fold(prep, s.Config())
-        graphs = s.views(prep, near, own_l, own_u, anchors)
+        graphs = s.routed_views(s.views(prep, s.Config()), prep, own_l, own_u, anchors)
         assert len(graphs) == 5
         for f, view in enumerate(graphs):
             at = prep.learn.fold == f

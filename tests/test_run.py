@@ -438,19 +438,18 @@ def test_options_of_one_text_share_one_belief(tiny, tmp_path, own):
     question had the option once, whichever of the twins is shown or right."""
     from data import Item, Question
     setup = set_up(tiny, tmp_path, "--own", own, "--student", "answer")
-    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
     said = []
     for options, places, answer in ((("red", "blue", "red", "gold"), (0, 1, 2, 3), 2),
                                     (("red", "blue", "gold"), (0, 1, 0, 2), 0)):
         questions = [Question(f"q{n}", "", "", "Which is it?", options, answer) for n in range(4)]
         part = [Item(f"q{n}/{place}", f"q{n}", selw2s.prompt(q) + selw2s.completion(q, place), place, 0)
                 for n, (q, place) in enumerate(zip(questions, places))]
-        said_of = selw2s.read_questions(setup, questions)
-        elicited = selw2s.elicit(setup, "test", part, questions, nothing, said_of)
         gold = right_option(setup.config, part, questions)
-        inputs, = selw2s.student_inputs(setup, [part], {q.id: q for q in questions})
-        whole = selw2s.Part(part, questions, inputs, torch.zeros(4), *elicited)
-        said.append((inputs, *elicited, gold, own_right(setup.config, whole)))
+        part = selw2s.Part(part, questions)
+        inputs, = selw2s.student_inputs(setup, [part])
+        part = selw2s.elicit(setup, "test", part, [], selw2s.read_questions(setup, questions))
+        said.append((inputs, part.own, part.zero_shot, part.belief, part.prompt_state, part.item_state, gold,
+                     own_right(setup.config, part)))
     for twins, once in zip(*said):
         assert torch.equal(twins, once) if isinstance(once, torch.Tensor) else twins == once
     _, label, zero_shot, belief, *_, gold, right = said[0]
@@ -495,8 +494,8 @@ def test_unconditional_prompt_and_layers_read(tiny, tmp_path):
     questions = [Question("a", "a", "", "Who is there?", ("one", "two"), 1),
                  Question("b", "b", "", "is it red", ("no", "yes"), 0)]
     some = [Item("a/0", "a", "", 0, 0), Item("b/1", "b", "", 1, 0)]
-    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
-    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.read_questions(setup, questions))
+    part = selw2s.Part(some, questions)
+    got = selw2s.elicit(setup, "test", part, [], selw2s.read_questions(setup, questions))
 
     def score(before, after):
         head, whole = strong.tokenizer.encode([before, before + after])
@@ -524,9 +523,8 @@ def test_the_state_of_an_item_is_that_of_its_text(tiny, tmp_path, shown):
     texts = [selw2s.prompt(q) for q in questions]
     texts[0] += selw2s.completion(questions[0], shown)
     some = [Item(f"a/{shown}", "a", texts[0], shown, 0), Item("b/1", "b", texts[1], 1, 0)]
-    nothing = selw2s.Split([], [], [], {}, torch.zeros(0), [], torch.zeros(0))
     every = [Question("c", "c", "", "Which colour?", ("red", "blue"), 0), *questions[::-1]]
-    got = selw2s.elicit(setup, "test", some, questions, nothing, selw2s.read_questions(setup, every))
+    got = selw2s.elicit(setup, "test", selw2s.Part(some, questions), [], selw2s.read_questions(setup, every))
     strong = setup.strong
     depth, ids = strong.network.config.layers, strong.tokenizer.encode(texts)
     for r, layer in enumerate(dict.fromkeys((depth // 2, 3 * depth // 4, None))):
@@ -732,9 +730,9 @@ def test_halves_by_difficulty_are_halves_though_most_are_certain(tiny, tmp_path,
     """p(gold) of the strong model may be 1 in float32 on most items: no value above the median is left."""
     real = selw2s.elicit
 
-    def certain(setup, name, part, questions, *rest):
-        said = real(setup, name, part, questions, *rest)
-        gold = right_option(setup.config, part, questions)
+    def certain(setup, name, part, *rest):
+        said = real(setup, name, part, *rest)
+        gold = right_option(setup.config, part.items, part.questions)
         return said._replace(belief=torch.nn.functional.one_hot(gold, said.belief.shape[1]).float())
     monkeypatch.setattr(selw2s, "elicit", certain)
     result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "difficulty", "--difficulty", "strong")

@@ -1,8 +1,8 @@
 """What P(IK) does beyond one task: --analysis cross-task, difficulty, sweep (paper, abstract); what the weak
 models' representations lack: --analysis representation.
 
-Each analysis gives {row title: [metrics of each seed]} and asks for the steps of selw2s, which imports
-nothing from here before a run needs it.
+Each analysis gives {row title: [metrics of each seed]} and asks for the steps of selw2s, which is imported
+when one runs: it imports this module.
 """
 from dataclasses import replace
 from itertools import product

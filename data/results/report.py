@@ -24,6 +24,37 @@ def described(config) -> str:
                          break_long_words=False, break_on_hyphens=False)
 
 
+def data_line(task, counts: dict[str, int], room: int, synthetic: bool) -> str:
+    """What is told of a data.Task, of which fit changed and left out so many questions."""
+    line = f"data      {task.name}: {len(task.train):,} train and {len(task.test):,} test questions"
+    if synthetic:
+        line += " (synthetic world, see data/world.py)"
+    if task.repeated:
+        line += f"; {task.repeated} option(s) repeat another of their question and count once"
+    if counts["left_out"]:
+        line += f"; {counts['left_out']} of train left out: test has them"
+    if counts["cut"]:
+        line += f"; {counts['cut']} contexts cut to fit {room} tokens"
+    return line
+
+
+def p_ik_line(routers: dict, known, right: Tensor, layers: int) -> str:
+    """What is told of step 4: selw2s.Known by router, the one used; right (n,) of D_l; hidden states read."""
+    areas = [f"{router} {shown(auroc(k.learn, right.double()), '.3f')}" for router, k in routers.items()]
+    where = "" if known.router == "belief" else f"layer read {known.layer + 1} of {layers}, "
+    return (f"4 P(IK)    held-out AUROC on D_l: {', '.join(areas)} ({known.router} used, "
+            f"{where}l2 {known.probe.l2:g})")
+
+
+def smoothing_line(chosen, auto: bool) -> str:
+    """What is told of step 6, of a selw2s.Smoothing."""
+    if chosen.before is None:
+        return f"6 smooth   no label of D_l is left to choose by: alpha {chosen.alpha:g}"
+    off = " (off: no smoothing helps there)" if chosen.alpha == 0 and auto else ""
+    return (f"6 smooth   alpha {chosen.alpha:g}, k {chosen.k}: accuracy of D_l's unrouted labels "
+            f"{chosen.before:.3f} -> {chosen.after:.3f}{off}")
+
+
 def diagnose(run: dict, methods) -> dict:
     """Everything said about one seed beside the accuracies."""
     u, t = ({k: torch.as_tensor(v) for k, v in run[part].items() if k not in ("id", "group")}

@@ -28,6 +28,17 @@ def sources() -> dict[str, str]:
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def titled(names: list[str]) -> list[str]:
+    """The names, each once: #2, #3 ... is another of the same name, as another order of training is."""
+    out = []
+    for name in names:
+        title, count = name, 1
+        while title in out:
+            title, count = f"{name} #{count + 1}", count + 1
+        out.append(title)
+    return out
+
+
 def part_arrays(config, part, known: dict, students: dict) -> dict[str, np.ndarray]:
     """A part (selw2s.Part) as items.npz has it; here metrics may read the hidden truth. known: P(IK) by
     router, students: P(y = 1) by method."""
@@ -156,6 +167,7 @@ INPUTS = ("code", "data", "models", "env")      # what a result depends on besid
 def compared(old: dict, new: dict, path: str) -> str:
     """What a run repeated came to; DataError naming what came out differently, and what differs of the inputs
     (code, data, models, environment), where to look."""
+    new = json.loads(json.dumps(new))
     before, after = old["metrics"]["methods"], new["metrics"]["methods"]
     moved = [part for part in INPUTS if old[part] != new[part]]
     differ = [name for name in after | before if before.get(name) != after.get(name)]
