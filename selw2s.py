@@ -371,7 +371,8 @@ def finetuned(name: str, setup: Setup, start: Pretrained, inputs: list, targets:
 
 # ------------------------------------------------------------------------------------------- the three parts
 class Part(NamedTuple):
-    """One part of a seed's data, D_l, D_u or test, a row per item. None: of a later step, or of D_l alone."""
+    """One part of a seed's data, D_l, D_u or test, a row per item. Steps 1, 2 and 3 fill it in, None before;
+    truth, gold and fold are D_l's, None elsewhere."""
     items: list[Item]           # 1: n; labels of D_u and test are read for ceiling, oracle and metrics only
     questions: list[Question]   # n, the items' own; their answers likewise
     inputs: list | None = None          # n, what a student is given: token ids, a state, or a Choice [D17]
@@ -381,7 +382,7 @@ class Part(NamedTuple):
     belief: Tensor | None = None        # (n, K) its probability of each option text (--own judge: no, yes)
     prompt_state: Tensor | None = None  # (n, R, C) its hidden states where the question ends, nothing shown
     item_state: Tensor | None = None    # (n, R, C) its hidden states where the item's text ends
-    truth: Tensor | None = None         # of D_l alone: (n,) labels
+    truth: Tensor | None = None         # 1: (n,) labels
     gold: Tensor | None = None          # (n,) column of `belief` that is right
     fold: Tensor | None = None          # (n,) of the item's group: its supervisor and probe saw the others
 
@@ -907,8 +908,9 @@ def routed_views(graphs: list[View], prep: Prepared, routed_learn: Tensor, route
     have it as their prior [D5]."""
     learn, transfer, out = prep.learn, prep.transfer, []
     for f, view in zip(learn.fold.unique(), graphs):
-        is_self = torch.cat([routed_learn[learn.fold == f], routed_transfer])
-        own = torch.cat([learn.own[learn.fold == f], transfer.own])
+        at = learn.fold == f
+        is_self = torch.cat([routed_learn[at], routed_transfer])
+        own = torch.cat([learn.own[at], transfer.own])
         prior = torch.where(is_self, own, view.prior) if anchors else view.prior
         out.append(view._replace(prior=prior, scored=view.scored & ~is_self))
     return out

@@ -342,13 +342,15 @@ def routing_table(_: str) -> str:
     lines = [row_of(["task, seed", "router", "AUROC", "answers", "labels", "item", "fused", "weak", "own"]),
              "|---" * 9 + "|"]
     for row in rows:
+        title = f"{row['task']}, {row['seed']}"
+        if "--target soft" in row["command"]:
+            title += ", soft target"
         for router, of in row["routers"].items():
             best = max(of["rules"], key=lambda rule: of["rules"][rule]["on D_l"])
             cells = {rule: f"{r['on D_u']:.3f}" for rule, r in of["rules"].items()}
             cells[best] = f"**{cells[best]}**"
             rest = [f"{x:.3f}" for x in (of["fused"], row["weak"], row["own"])]
-            lines.append(row_of([f"{row['task']}, {row['seed']}", router, f"{of['auroc']:.3f}",
-                                 *cells.values(), *rest]))
+            lines.append(row_of([title, router, f"{of['auroc']:.3f}", *cells.values(), *rest]))
     commands = dict.fromkeys(row["command"] for row in rows)
     return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
 

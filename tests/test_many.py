@@ -211,6 +211,14 @@ def test_an_error_of_one_is_one_line_and_exit_code_2_of_all(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_task_that_cannot_be_read_is_one_line(tiny, tmp_path):
+    """Rank 0 alone reads it."""
+    done = launched(2, "selw2s.py", "--task", "nowhere.jsonl", *tiny[2:], "--out", str(tmp_path))
+    assert done.stderr.count("selw2s: nowhere.jsonl") == done.stderr.count("selw2s: ") == 1
+    assert done.stderr.count("exitcode  : 2") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--spread", "1")])
 def test_states_that_are_not_finite_are_one_line(tiny, tmp_path, flags):
     """Found at the first step, when all label the batch once more."""
