@@ -69,7 +69,9 @@ REAL = {            # the same for the real pair; a run that was not made is "no
                          "naive", *ANSWER, "--analysis", "cross-task"), ("result.json", "analysis.svg")),
     "difficulty-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "naive", *ANSWER,
                          "--seeds", "0", "1", "2", "--analysis", "difficulty"),
-                        ("result.json", "analysis.svg"))}
+                        ("result.json", "analysis.svg")),
+    **{f"folds-{n}-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "weak", "--folds", n),
+                           ("result.json",)) for n in ("2", "10")}}
 DECISIONS = {       # row of the README's table of decisions: flags of its alternatives
     "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
     "D3": (("--target", "soft"),),
@@ -295,6 +297,22 @@ def difficulty_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def folds_table(_: str) -> str:
+    """The supervisor as D_l shows it beside the supervisor as it is, by the number of folds [D16]."""
+    head = ("folds", "each trained on", "right on D_l, cross-fitted", "right on D_u", "standard errors apart")
+    lines = [row_of(head), "|---" * 5 + "|"]
+    for folds, name in ((2, "folds-2-pair"), (5, "sciq-classifier"), (10, "folds-10-pair")):
+        result = kept(name)
+        if result is None:
+            lines.append(row_of([str(folds), "not measured", "", "", ""]))
+            continue
+        of, labelled = result["metrics"]["supervisor"], result["seeds"][0]["n"]["labelled"]
+        cells = (f"{of[key]:.3f}" for key in ("cross_fitted", "actual"))
+        lines.append(row_of([str(folds), f"{labelled - labelled // folds:,}", *cells,
+                             f"{of['standard_errors']:+.1f}"]))
+    return "\n".join(lines)
+
+
 def representation_table(_: str) -> str:
     """What each weak model's states lack, and what that predicts."""
     result = kept("representation-sciq") or {"analysis": {}}
@@ -497,7 +515,7 @@ def growth_table(_: str) -> str:
     return "\n".join([*lines, "", f"    {rows[0]['command']}"])
 
 
-RUNS = [name for name, (flags, _) in REAL.items() if "--analysis" not in flags]
+RUNS = [name for name, (flags, _) in REAL.items() if not {"--analysis", "--folds"} & set(flags)]
 SELECTIVE = [name for name, (flags, _) in REAL.items() if "selective" in flags]
 PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS]), "output": demo_table,
          "real-commands": lambda _: commands(REAL), "demo-commands": lambda _: commands(REFERENCE),
@@ -507,8 +525,9 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS
          "difficulty-pair": lambda _: difficulty_table("difficulty-pair"),
          "difficulty-sciq": lambda _: difficulty_table("difficulty-sciq"),
          "representation": representation_table, "smoothing": smoothing_table, "choice": choice_table,
-         "routing": routing_table, "finetune": finetune_table, "decisions": decisions_table,
-         "plans": plans_table, "growth": growth_table, "speed": speed_table, "sharing": sharing_table}
+         "folds": folds_table, "routing": routing_table, "finetune": finetune_table,
+         "decisions": decisions_table, "plans": plans_table, "growth": growth_table, "speed": speed_table,
+         "sharing": sharing_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 
