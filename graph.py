@@ -216,7 +216,8 @@ def normalise(W: Tensor) -> Tensor:
     row = torch.arange(len(W), device=W.device).repeat_interleave(W.crow_indices().diff())
     col, value = W.col_indices(), W.values()                                            # (E,)
     degree = (W @ value.new_ones(len(W), 1))[:, 0]                                      # (N,)
-    scale = torch.where(degree > 0, degree.rsqrt(), 0)
+    linked = degree >= torch.finfo(degree.dtype).tiny       # below, scale * scale would overflow
+    scale = torch.where(linked, degree.rsqrt(), 0)                                      # (N,)
     return _csr(row, col, value * (scale[row] * scale[col]), W.shape)
 
 
@@ -259,6 +260,6 @@ def propagate(S: Tensor, Y, alpha: float, *, tol: float = 1e-6, max_iter: int = 
         iterations += 1
     R = B + alpha * (S @ F) - F                                             # anew: not the rounded sum
     residual = torch.where(scale > 0, R.norm(dim=0) / scale, 0).max().item()
-    if residual > tol:
+    if not residual <= tol:     # NaN too
         warnings.warn(f"propagate: residual {residual:.1e} > tol {tol:.0e} at step {iterations}/{max_iter}")
     return Propagation(F, iterations, residual)

@@ -851,7 +851,7 @@ def finetune(model: Transformer, inputs: list, targets, *, lr: float, epochs: in
 def check_finite(finite: bool, what: str, lr: float) -> None:
     """TrainError for what is not."""
     if not finite:
-        raise TrainError(f"{what} (learning rate {lr}): lower it")
+        raise TrainError(f"{what} (learning rate {lr}): lower it, or take bfloat16 if this is float16")
 
 
 def check_settings(student: str, tune: str, inputs: list) -> None:
@@ -890,6 +890,8 @@ def gradients(learner: Learner, indices: list[int], w: Tensor, target_fn, fracti
     parts = [[indices[j] for j in part] or indices[:1] for part in micro]  # what is computed; of no item, one
     alone = learner.log_p(parts[0]) if rounds == 1 else None
     target, total = w, 0.0
+    # a float16 gradient below 6e-8 would be 0; a power of two changes no other bit
+    scale = 1024 if learner.student.model.dtype == torch.float16 else 1
     if target_fn:
         p = w.new_zeros(len(w))
         with torch.no_grad():
@@ -901,11 +903,12 @@ def gradients(learner: Learner, indices: list[int], w: Tensor, target_fn, fracti
         log_p = learner.log_p(chosen) if alone is None else alone  # (len(chosen), 2)
         y = target[part]
         loss = -(torch.stack([1 - y, y], -1) * log_p[:len(part)]).sum() / len(indices)
-        (many.size() * loss).backward()  # FSDP2 takes the mean over processes
+        (many.size() * scale * loss).backward()  # FSDP2 takes the mean over processes
         total += loss.item()
-    if many.size() > 1:
-        for x in learner.trained.values():
-            if many.share(x) is x:  # whole on all
-                many.total(x.grad).div_(many.size())
+    for x in learner.trained.values():
+        if many.size() > 1 and many.share(x) is x:  # whole on all
+            many.total(x.grad).div_(many.size())
+        if scale > 1:
+            x.grad /= scale
     return float(many.total(torch.tensor(total, dtype=torch.float64)))
 

@@ -157,21 +157,38 @@ def fault(f, value) -> str:
 
 def problem(config: Config) -> str:
     """The first value that cannot be used and what it must be; "" if all can. Types count: they may come from
-    a file."""
+    a file, or from Python."""
     for f in fields(Config):
         value = getattr(config, f.name)
         need = fault(f, value) if value != f.default else ""
         if need:
             return f"--{f.name.replace('_', '-')} {value!r:.40}: must be {need}"
-    if missing := set(ALWAYS) - set(config.methods):
-        return f"--methods: {min(missing)} must be among them"
+    if config.rerun or config.merge:
+        return ""
+    config = settled(config)
     if config.student == "answer" and config.tune == "head":
         return "--student answer: has no head of its own to tune; use --tune full or lora"
     if config.keep and config.spread:
         return f"--keep {config.keep}: not with --spread 1"
     if config.keep and config.keep not in config.methods:
         return f"--keep {config.keep}: is not among --methods {' '.join(config.methods)}"
+    weak, demo = config.weak or config.task.endswith(".jsonl"), config.task.startswith("demo-")
+    missing = [name for name, given in (("--weak", weak), ("--strong", config.strong)) if not given]
+    if not demo and missing:                                   # a .jsonl may bring weak labels
+        return (f"--task {config.task} needs {' MODEL and '.join(missing)} MODEL "
+                "(only the demo tasks bring their own)")
+    if config.analysis == "cross-task" and (not config.weak and not demo or config.route != "probe"):
+        return ("--analysis cross-task needs --weak MODEL, which labels the other tasks, and "
+                "--route probe: tasks differ in their number of options")
     return ""
+
+
+def settled(config: Config) -> Config:
+    """The same run as its files name it: the demo's task in full, methods in their order, with those that
+    every run has."""
+    asked = METHODS if "all" in config.methods else (*ALWAYS, *config.methods)
+    task = "demo-sciq" if config.task == "demo" else config.task
+    return replace(config, task=task, methods=tuple(method for method in METHODS if method in asked))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
         spec = {"type": {"int": int, "float": float, "object": number}.get(f.type, str), **f.metadata}
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if f.name == "methods":
-            default = "default set"
+            default = "up to selective, without logconf product confidence-only"
         if default not in ("", 0):
             spec["help"] += f" (default: {default})"
         out.add_argument("--" + f.name.replace("_", "-"), default=f.default, **spec)
@@ -209,25 +226,10 @@ def parse(argv: list[str] | None = None) -> Config:
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
-    asked = METHODS if "all" in values["methods"] else (*ALWAYS, *values["methods"])
-    values["methods"] = tuple(method for method in METHODS if method in asked)
-    if values["task"] == "demo":
-        values["task"] = "demo-sciq"
     config = Config(**values)
     if line := problem(config):
         command_line.error(line)
-    if config.rerun or config.merge:
-        return config
-    weak = config.weak or config.task.endswith(".jsonl")       # which may bring weak labels
-    missing = [name for name, given in (("--weak", weak), ("--strong", config.strong)) if not given]
-    if not config.task.startswith("demo-") and missing:
-        command_line.error(f"--task {config.task} needs {' MODEL and '.join(missing)} MODEL "
-                           "(only the demo tasks bring their own)")
-    if config.analysis == "cross-task" and (not config.weak and not config.task.startswith("demo-")
-                                            or config.route != "probe"):
-        command_line.error("--analysis cross-task needs --weak MODEL, which labels the other tasks, and "
-                           "--route probe: tasks differ in their number of options")
-    return config
+    return settled(config)
 
 
 if __name__ == "__main__":   # a script ends here; what follows is the module
@@ -258,7 +260,8 @@ from data.results.metrics import accuracy, auroc, cross_entropy, hidden_truth, r
 from data.results.page import write_page
 from data.results.plan import ahead, plan
 from data.results.report import data_line, described, p_ik_line, smoothing_line, table
-from data.results.store import compared, merged, record, recorded, result_of, titled, write
+from data.results.store import (compared, merged, record, recorded, result_of, titled, write_items,
+                                write_result)
 from data.results.work import forward, reading, stage_work
 from data.tokens import LoadError, encode_options
 from graph import GraphError, affinity, knn, normalise, propagate
@@ -854,7 +857,7 @@ def smooth_grid(near, prior: Tensor, alphas, ks, gamma: float) -> dict[tuple[flo
         S = normalise(affinity(index[:, :k], similarity[:, :k], gamma=gamma))
         for alpha in alphas:
             result = propagate(S, Y, alpha)
-            if result.residual > 1e-5:
+            if not result.residual <= 1e-5:
                 raise TrainError(f"propagation not converged (alpha {alpha}, residual {result.residual:.1e})")
             no, yes = result.F.unbind(1)
             out[alpha, k] = (yes / (no + yes)).float().to(prior.device)
@@ -1104,7 +1107,9 @@ def set_up(config: Config, stages: Stages, load_model=pretrained) -> tuple[Setup
 
 def run(config: Config) -> dict:
     """The method for all seeds; its files in <out>/<task>/<run id>/; returns the result."""
-    start = time.perf_counter()
+    if line := problem(config):
+        raise DataError(line)
+    config, start = settled(config), time.perf_counter()
 
     def tell(line: str):
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
@@ -1135,12 +1140,13 @@ def run(config: Config) -> dict:
 
 def finish(result: dict, runs: list[dict], out: str) -> None:
     """8. Write the result, its figures and the page, print the table."""
-    folder, remark = write(result, runs, out), []
+    folder, remark = write_items(result, runs, out), []
     try:
-        drawn = figures(folder)
+        drawn = figures(folder, result)
     except ImportError:
         drawn, remark = [], ["(figures: pip install matplotlib, then run the same command again)"]
     write_page(folder, result, runs, drawn)
+    write_result(result, folder)
     print(f"\n{table(result['metrics'])}\n")
     files = ["result.json", "items.npz", "labels.jsonl", "report.html", *drawn, *remark]
     print(f"written   {folder}/ {' '.join(files)}")
@@ -1181,6 +1187,8 @@ def main(argv: list[str] | None = None) -> int:
             run(config)
         many.stop()
         return 0
+    except SystemExit as end:       # of parse: --help, or a line that is said already
+        return end.code
     except (LoadError, DataError, TrainError, GraphError) as error:
         return many.failed(f"selw2s: {error}")
     except (MemoryError, RuntimeError) as error:

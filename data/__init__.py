@@ -275,7 +275,7 @@ def load_task(name: str, *, data_dir: str | None = None) -> Task:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """write(a temporary name), which then becomes `path`: readers find the file whole, or as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")   # two containers may have one pid
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -187,7 +187,7 @@ def rotary(raw: dict, row: dict, n: dict, kind: str, base: float) -> tuple:
         raise LoadError("config.json: rope_parameters must have full_attention and sliding_attention")
     p = dict((p.get(kind) or {}) if by_kind else p)
     said = {"rope_theta": p.pop("rope_theta", base), "partial_rotary_factor": n["fraction"]}
-    if keys_of(row, "fraction"):
+    if keys_of(row, "fraction") or p.get("partial_rotary_factor") == 1:  # transformers 5 writes the 1 too
         said["partial_rotary_factor"] = p.pop("partial_rotary_factor", n["fraction"])
     scaling, _ = p.pop("rope_type", p.get("type", "default")), p.pop("type", None)
     needs = {"default": [], "linear": ["factor"], "dynamic": ["factor"],  # dynamic: to lengthen the context

@@ -9,9 +9,11 @@ import hashlib
 import inspect
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -63,13 +65,16 @@ class Stages:
     def __init__(self, directory: Path, tell: Callable[[str], None], device: str = "cpu"):
         self.directory, self.tell, self.device, self.log = directory, tell, device, []
         self.progress = Progress()
-        gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
+        processor = platform.machine(), torch.backends.cpu.get_cpu_capability()
+        if device.startswith("cuda"):
+            processor = torch.cuda.get_device_name(device)
         sources = [path.read_text("utf-8") for path in NETWORK]
-        self.source = digest(sources, torch.__version__, torch.get_num_threads(), many.size(), *gpu)
+        self.source = digest(sources, torch.__version__, torch.get_num_threads(), many.size(), processor)
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(".*"):   # half-written by a killed run, a day old: no living run writes it
-            if time.time() - left.stat().st_mtime > 86400:
-                left.unlink(missing_ok=True)
+        for left in directory.glob(".*.safetensors.*"):     # half-written by a killed run (data.write_whole)
+            with suppress(FileNotFoundError):               # another run may tidy up too
+                if time.time() - left.stat().st_mtime > 86400:      # a day old: no living run writes it
+                    left.unlink()
 
     def __call__(self, stage: str, name: str, depends: tuple, compute: Callable[[], dict], *,
                  cost: tuple[str, float] = ("", 0.0), **work) -> dict:

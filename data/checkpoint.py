@@ -129,12 +129,20 @@ def read_tensor(path: Path, name: str) -> Tensor:
     return x
 
 
+def bare(name: str, prefix: str) -> str:
+    """A tensor's name without the family's prefix, or as much of it as is there: of OPT's model.decoder. some
+    checkpoints have decoder. alone."""
+    for part in re.findall(r"[^.]+\.", prefix):
+        name = name.removeprefix(part)
+    return name
+
+
 def read_params(c: Config, files: dict[str, Path], device, dtype) -> tuple[dict[str, Tensor], list[str]]:
     """All parameters under canonical names, and the tensors ignored. Every tensor of the files is consumed
     once, or is a known buffer or a classifier's head; every expected one is there with its shape, but perhaps
     the language model's own head where a classifier was saved."""
     row, params = FAMILIES[c.family], {}
-    left = {name.removeprefix(row["prefix"]): (path, name) for name, path in files.items()}
+    left = {bare(name, row["prefix"]): (path, name) for name, path in files.items()}
     if len(left) != len(files):
         raise LoadError(f"some tensors are there both with and without the prefix {row['prefix']!r}")
     ignored = [name for name in left if re.fullmatch(row["buffers"], name) or CLASSIFIER.fullmatch(name)]

@@ -1,5 +1,5 @@
-"""The model families: names in a table, numbers from config.json. Declarations only; checkpoint.py reads
-them.
+"""The model families: names in a table, numbers from config.json. Declarations only; architecture.py and
+checkpoint.py read them.
 
 A row holds
     prefix, names  of the tensors in the file, canonical part -> template. Several parts, one name: a fused
@@ -10,7 +10,7 @@ A row holds
                    whole_every-th
     keys           where it differs from KEYS; "": no key says it
     must           keys that the class reads, with the one value that we support
-    also           keys that checkpoint.py reads by name, or that have no effect up to `context` tokens
+    also           keys that architecture.py reads by name, or that have no effect up to `context` tokens
     biased         the parts with a bias whatever config.json says
 and whatever neither file nor config.json shows: a literal, with the place that proves it. A class named in a
 comment is one of transformers, in modeling_FAMILY.py or configuration_FAMILY.py.

@@ -179,6 +179,9 @@ def load(path: str) -> Task:
     for q, split in zip(questions, splits):
         if first and (fault := _differs(q, split, first)):
             raise DataError(f"{path}:{lines[q.id]}: {fault}; line {lines[first.id]} is the first of training")
+    names = [name for name, _ in first.weak] if first else []   # their order too is the first one's
+    questions = [q._replace(weak=tuple((name, dict(q.weak)[name]) for name in names if q.weak))
+                 for q in questions]
     train, test = ([q for q, s in zip(questions, splits) if s == part] for part in ("train", "test"))
     return Task(Path(path).stem, train, test, hashlib.sha256(content).hexdigest(), f"user's own file {path}",
                 repeated)
@@ -194,8 +197,8 @@ def label_rows(run: dict) -> list[dict]:
     same float32 again when read.
 
     weak: P(y = 1) by supervisor, null where one abstains. source: own, where routed; else smoothed, or weak
-    where smoothing is off. refined: the smoothed weak label, of routed items too. label: P(y = 1), own where
-    routed, else refined."""
+    where smoothing is off. refined: what smoothing leaves of the item's prior, which is own where routed
+    (--anchors 1), else weak. label: P(y = 1), own where routed, else refined."""
     def decimals(name):
         return [None if np.isnan(x) else float(str(x)) for x in run["transfer"][name]]
     u, rows, supervisors = run["transfer"], [], run["supervisors"]

@@ -93,8 +93,9 @@ def encode_options(tokenizer: Tokenizer, prompts: list[str],
     """Ids of prompts (Q) and of their completions (Q x K), split where prompt + completion stops being the
     prompt.
 
-    The whole text is tokenised, then split: a tokenizer may merge across the seam, and then the merged token
-    counts to the completion, in all completions of that question alike."""
+    The whole text is tokenised, then split: a tokenizer may merge across the seam (Qwen2 does "?" and the end
+    of the line), and then the merged token counts to the completion, in all completions of that question
+    alike, and what is read where the prompt ends is read before it."""
     alone = tokenizer.encode(prompts)
     whole = iter(tokenizer.encode([p + c for p, options in zip(prompts, completions) for c in options]))
     heads, tails = [], []

@@ -32,7 +32,7 @@ def figures_where_asked_for(request, monkeypatch):
     """Fixtures of a whole module come before this one: their runs draw."""
     if not request.node.get_closest_marker("figures"):
         import selw2s
-        monkeypatch.setattr(selw2s, "figures", lambda folder: [])
+        monkeypatch.setattr(selw2s, "figures", lambda folder, result: [])
 
 
 @pytest.fixture(scope="session")

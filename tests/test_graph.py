@@ -255,6 +255,16 @@ def test_a_stored_zero_is_no_edge():
     torch.testing.assert_close(graph.propagate(S, Y, 0.5).F, torch.tensor([[2 / 3], [1 / 3], [.5]]).double())
 
 
+def test_weights_that_underflow_are_no_edge():
+    """0-1 is a denormal number, whose scale would overflow; 2-3 is none."""
+    index = torch.tensor([[1], [0], [3], [2]])
+    W = graph.affinity(index, torch.tensor([[.49], [.49], [.9], [.9]], dtype=torch.float64), gamma=1000)
+    assert 0 < W.to_dense()[0, 1] < torch.finfo(torch.float64).tiny
+    S = graph.normalise(W)
+    assert S.to_dense()[:2].count_nonzero() == 0 and S.to_dense()[2, 3].item() == pytest.approx(1)
+    assert graph.propagate(S, torch.tensor([[.25], [.5], [1], [0]]), 0.5).F[:2].tolist() == [[.25], [.5]]
+
+
 # ------------------------------------------------------------------------------------------------ propagation
 
 def dense_solve(S, Y, alpha):
@@ -348,6 +358,12 @@ def test_not_converged_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert graph.propagate(S, Y, 0.99).iterations > 3
+
+
+def test_a_residual_that_is_no_number_is_said():
+    S = torch.tensor([[0., torch.inf], [torch.inf, 0.]], dtype=torch.float64).to_sparse_csr()
+    with pytest.warns(UserWarning, match="residual nan > tol"):
+        graph.propagate(S, torch.rand(2, 1), 0.5)
 
 
 def test_a_converged_column_stands_still():

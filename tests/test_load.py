@@ -336,7 +336,9 @@ def test_keys_of_other_families_change_nothing(family, tmp_path, capsys):
     ("qwen2", dict(rope_scaling=dict(rope_type="dynamic", factor=2.0), rope_theta=5e4)),
     ("gpt_neox", dict(rope_scaling=dict(type="dynamic", factor=8.0), rotary_pct=0.5)),
     ("gpt_neox", dict(rope_scaling=dict(type="linear", factor=8.0), rotary_pct=0.5, head_dim=16)),
-    ("llama", dict(partial_rotary_factor=1.0)), ("mistral", dict(attention_bias=False)),
+    ("llama", dict(partial_rotary_factor=1.0)),
+    ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=5e4, partial_rotary_factor=1.0))),
+    ("mistral", dict(attention_bias=False)),
     ("gemma", dict(hidden_activation="relu", hidden_act="gelu")), ("gemma2", dict(hidden_act="relu"))])
 def test_keys_that_are_honoured(variant, keys, tmp_path):
     family, numbers = VARIANTS[variant]
@@ -460,6 +462,17 @@ def test_a_tied_model_saved_under_the_name_of_its_head(variant, reference, tmp_p
     embed = f"{row['prefix']}{row['names']['embed']}.weight"
     tensors(lambda s: s.update({"lm_head.weight": s.pop(embed)}))(tmp_path / "tied")
     assert same(M.load(tmp_path / "tied")[0], M.load(folder)[0])
+
+
+def test_opt_without_the_first_part_of_its_prefix(reference, tmp_path):
+    """facebook/opt-6.7b, 13b and 30b say decoder., the others model.decoder.; neither is also right."""
+    folder = reference("opt")[0]
+    for name, said in (("some", "decoder."), ("none", "")):
+        shutil.copytree(folder, tmp_path / name)
+        tensors(lambda s, said=said: s.update({
+            key.replace("model.decoder.", said): s.pop(key) for key in list(s)}))(tmp_path / name)
+        assert all(key.startswith(said) for key in load_file(tmp_path / name / "model.safetensors"))
+        assert same(M.load(tmp_path / name)[0], M.load(folder)[0])
 
 
 def test_heads_of_classifiers_beside_a_causal_model_are_named_and_ignored(tiny, tmp_path, capsys):

@@ -601,6 +601,19 @@ def test_half_precision_keeps_small_steps(tiny):
     assert c.state()["layers.1.up.weight"].dtype == torch.bfloat16 and (moved != 0).float().mean() > 0.05
 
 
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_small_gradients_survive_float16(tune, tiny, steps):
+    """After a step of 1e-6 from zero the head sends back 1e-7: unscaled, most of it would be 0."""
+    given = {}
+    for dtype in (torch.float32, torch.float16):
+        M.finetune(M.load(tiny, dtype=dtype)[0], **TRAIN | dict(lr=1e-6, epochs=1), tune=tune)
+        given[dtype] = steps[1][1]
+        steps.clear()
+    for got, want in zip(given[torch.float16], given[torch.float32], strict=True):
+        if want.norm() > 1e-9:      # else zero but for rounding: a softmax does not see the keys' bias
+            assert (got - want).norm() < 0.02 * want.norm()
+
+
 @pytest.mark.parametrize("variant", ["gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "qwen2",
                                      "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3"])
 def test_saved_student_loads_in_transformers(variant, reference, tmp_path):

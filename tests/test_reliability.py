@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import selw2s
 from conftest import ROOT, same_bits
+from data import write_whole
+from data.cache import Stages
 
 METHODS = ("--methods", "ceiling", "naive", "self-only", "selective")
 
@@ -127,14 +130,46 @@ def test_two_runs_at_once_in_one_directory(tiny, tmp_path, unbroken):
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+def test_only_what_a_killed_run_left_is_tidied_up(tmp_path):
+    old = time.time() - 90000
+    names = (".prep-0.safetensors.1", ".gitignore", "prep-0.safetensors", ".ipynb_checkpoints")
+    for name in names:
+        (tmp_path / name).mkdir() if name == names[-1] else (tmp_path / name).touch()
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / ".prep-0.safetensors.2").touch()        # a living run's
+    Stages(tmp_path, print)
+    assert {file.name for file in tmp_path.iterdir()} == {*names[1:], ".prep-0.safetensors.2"}
+
+
+def test_writers_of_one_process_number_do_not_meet(tmp_path):
+    """As in containers that share a disk: what one writes is not what another renames."""
+    def first(temporary):
+        with open(temporary, "w") as file:
+            file.write("first, ")
+            write_whole(tmp_path / "file", lambda other: other.write_text("second"))
+            assert (tmp_path / "file").read_text() == "second"
+            file.write("whole")
+    write_whole(tmp_path / "file", first)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "first, whole"
+
+
+def test_another_processor_finds_no_stage(tmp_path, monkeypatch):
+    here = Stages(tmp_path, print).source
+    assert Stages(tmp_path, print).source == here
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    assert Stages(tmp_path, print).source != here
+
+
 @pytest.mark.figures
 def test_every_file_gets_its_name_when_it_is_whole(tiny, tmp_path, monkeypatch):
-    """Written in place, a figure of one run was found empty by the page of another in the same directory."""
-    named, real = set(), os.replace
-    monkeypatch.setattr(os, "replace", lambda source, target: (named.add(Path(target)), real(source, target)))
+    """Written in place, a figure of one run was found empty by the page of another in the same directory.
+    result.json is the last."""
+    named, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, path: (named.append(Path(path)), real(source, path)))
     assert selw2s.main([*tiny, "--out", str(tmp_path), "--keep", "naive"]) == 0
     files = {file for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == named
+    assert files == {*named} and named[-1].name == "result.json"
     assert {"main.svg", "report.html", "result.json", "config.json"} < {file.name for file in files}
 
 

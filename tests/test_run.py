@@ -1,12 +1,14 @@
 """The program: honesty rules, cache, result, errors, command line. Run: pytest tests/test_run.py (70 s)."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 
 import selw2s
 from conftest import ROOT, same_bits
+from data import DataError
 from data.cache import Stages
 from data.results.metrics import hidden_truth, own_right, right_option
 from selw2s import METHODS
@@ -226,6 +229,53 @@ def test_help_answers_without_torch():
     assert "python selw2s.py --task demo" in done.stdout and len(done.stdout.splitlines()) <= 66
     for f in fields(selw2s.Config):
         assert "--" + f.name.replace("_", "-") in done.stdout
+    but = {"logconf", "product", "confidence-only"}
+    assert f"up to selective, without {' '.join(m for m in METHODS if m in but)}" in done.stdout
+    assert selw2s.DEFAULT_METHODS == tuple(
+        m for m in METHODS[:METHODS.index("selective") + 1] if m not in but)
+
+
+@pytest.mark.figures
+def test_python_gives_what_the_command_line_gives(tiny, tmp_path):
+    """Methods in any order and without those of every run; the result says the command that makes it. With
+    a folder whose name would be a formula, if it were read as one."""
+    from data.results.store import read_run, write_items
+    out = tmp_path / "$USER_$x"
+    flags = [*tiny, "--methods", "selective", "naive", "--seeds", "1", "--out", str(out)]
+    assert selw2s.main(flags) == 0
+    file = next(out.glob("*/*/result.json"))
+    result = json.loads(file.read_text("utf-8"))
+    program, *said = shlex.split(result["command"])[1:]
+    assert program == "selw2s.py" and selw2s.parse(said) == selw2s.parse(flags)
+    if (file.parent / "main.svg").exists():         # not without matplotlib
+        assert "$USER_$x" in (file.parent / "main.svg").read_text("utf-8")
+    again = selw2s.run(selw2s.Config(task=tiny[1], weak=(tiny[3],), strong=tiny[5], lr=1e-3, out=str(out),
+                                     methods=("selective", "naive"), seeds=(1,)))
+    assert json.loads(json.dumps(again["config"])) == result["config"]
+    assert json.loads(json.dumps(again["metrics"])) == result["metrics"]
+    assert list(out.glob("*/*/result.json")) == [file]
+    read, runs = read_run(str(file))
+    other = read | {"env": read["env"] | {"threads": 99}}
+    places = [write_items(result, runs, str(out)) for result in (read, read, other)]
+    assert places[0] == places[1] != places[2]
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"task": "sciq", "weak": ("a",)}, "needs --strong MODEL"),
+    ({"seeds": (0, 0)}, "--seeds (0, 0): must be"),
+    ({"methods": ("best",)}, "--methods ('best',): must be of"),
+    ({"methods": "all"}, "--methods 'all': must be tuple"),
+    ({"keep": "oracle"}, "--keep oracle: is not among"), ({"alpha": 1.0}, "--alpha 1.0: must be"),
+    ({"analysis": "cross-task", "route": "both"}, "--analysis cross-task needs")])
+def test_python_is_refused_what_the_command_line_is(changed, words, tmp_path):
+    with pytest.raises(DataError, match=re.escape(words)):
+        selw2s.run(replace(selw2s.Config(out=str(tmp_path / "out")), **changed))
+    assert not list(tmp_path.iterdir())
+
+
+def test_main_returns_the_code_of_a_wrong_flag(capsys):
+    assert selw2s.main(["--bogus"]) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert selw2s.main(["--help"]) == 0
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -412,6 +462,42 @@ def test_merged_runs_of_single_seeds_give_the_table_of_one_run(full, tiny, tmp_p
         error = capsys.readouterr().err
         assert word in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_or_foreign_items_npz_is_one_line(tiny, tmp_path):
+    from data.results.store import read_run
+    for name, methods in (("one", ("naive",)), ("other", ("weak",))):
+        go(tiny, tmp_path / name, "--methods", *methods)
+    path = next((tmp_path / "one").glob("*/*/result.json"))
+    items, other = path.with_name("items.npz"), next((tmp_path / "other").glob("*/*/items.npz"))
+    whole, rng, kinds = items.read_bytes(), np.random.default_rng(0), Counter()
+    flipped = [bytearray(whole) for _ in range(300)]
+    for damaged in flipped:
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+    for content in (b"", whole[:100], whole[:-30], other.read_bytes()):
+        items.write_bytes(content)
+        with pytest.raises(DataError, match="with its items.npz"):
+            read_run(str(path))
+    for content in flipped:
+        items.write_bytes(content)
+        try:
+            read_run(str(path))         # what is flipped may be a date
+        except DataError as error:
+            kinds[type(error.__context__).__name__] += 1
+            assert str(error).startswith(f"{path}: not a result.json of this program with its items.npz")
+    assert len(kinds) > 3 and sum(kinds.values()) > 100, kinds
+
+
+@pytest.mark.slow
+def test_analyses_of_single_seeds_merge(tiny, tmp_path):
+    flags, files = ("--methods", "weak", "--analysis", "difficulty"), []
+    both = go(tiny, tmp_path / "both", *flags, "--seeds", "0", "1")
+    for seed in ("1", "0"):
+        go(tiny, tmp_path / seed, *flags, "--seeds", seed)
+        files.append(str(next((tmp_path / seed).glob("*/*/result.json"))))
+    assert selw2s.main(["--merge", *files, "--out", str(tmp_path / "merged")]) == 0
+    merged = json.loads(next((tmp_path / "merged").glob("*/*/result.json")).read_text("utf-8"))
+    assert merged["analysis"] == json.loads(json.dumps(both["analysis"]))
 
 
 def test_own_answer_is_the_option_with_the_largest_likelihood(full, tiny):

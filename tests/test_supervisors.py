@@ -260,6 +260,18 @@ def test_labels_of_d_l_are_taken_as_they_stand(tiny, tmp_path):
     assert prep.test.weak.isnan().all()
 
 
+def test_the_order_of_supervisors_is_the_first_lines_whatever_becomes_of_it(tiny, tmp_path):
+    """The first question may be left out later; the others name theirs in another order."""
+    def turned(row, i):
+        if i and row["split"] == "train":
+            row["weak"] = dict(reversed(row["weak"].items()))
+    argv, rows = annotated(tiny, tmp_path, turned)
+    task = s.load_task(argv[1])
+    assert [name for name, _ in task.train[5].weak] == ["ann", "bob", "cy"] != [*rows[5]["weak"]]
+    for name, p in task.train[5].weak:
+        assert p == (rows[5]["weak"][name] and tuple(rows[5]["weak"][name]))
+
+
 @pytest.mark.slow
 def test_models_come_before_a_files_labels_and_test_labels_count(tiny, tmp_path):
     def of_test(row, i):

@@ -204,8 +204,6 @@ def analyse(setup) -> dict:
     """One analysis over all seeds: a printed table of means, the values per seed as the result."""
     import selw2s
     config, mine = setup.config, setup.config.task
-    if mine == DEMO[0]:
-        mine = DEMO[1]
     tasks = {mine: setup.task}
     if config.analysis == "cross-task":
         every = DEMO[1:] if mine in DEMO else OFFICIAL

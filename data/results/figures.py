@@ -1,5 +1,4 @@
-"""Figures of a run, drawn from its result.json beside it, as SVG; matplotlib is needed, and only here."""
-import json
+"""Figures of a run, drawn from what result.json holds, as SVG; matplotlib is needed, and only here."""
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,18 @@ from data.results.metrics import mean_of
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct to colour-blind readers and in print
 
 
-def figures(folder) -> list[str]:
-    """Draw a run folder's result.json as SVG beside it; returns the names. ImportError without matplotlib."""
+def figures(folder: Path, result: dict) -> list[str]:
+    """Draw a result as SVG in its run's folder; returns the names. ImportError without matplotlib."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     matplotlib.rcParams |= {"svg.hashsalt": "selw2s", "font.size": 9, "axes.spines.top": False,
-                            "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none"}
-    folder = Path(folder)
-    result = json.loads((folder / "result.json").read_text("utf-8"))
+                            "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none",
+                            "text.parse_math": False}       # a path may hold $
     n, seeds = result["metrics"]["test_items"], result["config"]["seeds"]
     world = "synthetic demo world, " if result["config"]["task"] in DEMO else ""
     caption = (f"{result['data']['name']}: {world}{n:,} test items, seeds {' '.join(map(str, seeds))}\n"
-               f"{result['command']}")
+               f"{result['command']}").encode("utf-8", "backslashreplace").decode()
     drawn = {"main.svg": draw_main, "p_ik.svg": draw_p_ik, "labels.svg": draw_labels}
     if "selective" in result["metrics"]["methods"]:
         drawn["pipeline.svg"] = draw_pipeline

@@ -5,8 +5,7 @@ import io
 import json
 import shlex
 import sys
-import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +99,8 @@ def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -
     """What result.json holds; setup: selw2s.Setup; runs: one per seed (selw2s.record)."""
     config, task, stages = setup.config, setup.task, setup.stages
     gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
-    how = ["torchrun", "--nproc-per-node", str(many.size())] if many.size() > 1 else ["python"]
     return {
-        "schema": SCHEMA, "command": shlex.join([*how, "selw2s.py", *sys.argv[1:]]),
+        "schema": SCHEMA, "command": command(config),
         "config": asdict(config), "code": sources(),
         "data": {"name": task.name, "sha256": task.sha256, "train": len(task.train), "test": len(task.test),
                  **counts},
@@ -115,6 +113,18 @@ def result_of(setup, counts: dict, runs: list[dict], analysis, seconds: float) -
         "analysis": analysis, "finished": True}
 
 
+def command(config) -> str:
+    """The command line that gives this selw2s.Config: the flags that are not at their default."""
+    words = ["torchrun", "--nproc-per-node", str(many.size())] if many.size() > 1 else ["python"]
+    words.append("selw2s.py")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["--" + f.name.replace("_", "-"), *map(str, values)]
+    return shlex.join(words)
+
+
 def measured(runs: list[dict], methods) -> dict:
     """The parts of a result that follow from the seeds' arrays."""
     seeds = []
@@ -124,13 +134,11 @@ def measured(runs: list[dict], methods) -> dict:
     return {"metrics": summarise(runs, methods), "seeds": seeds}
 
 
-def write(result: dict, runs: list[dict], out: str) -> Path:
-    """<out>/<task>/<run id>/items.npz, labels.jsonl, then result.json, each under a temporary name first: a
-    result.json is always a whole one. Returns the folder."""
+def write_items(result: dict, runs: list[dict], out: str) -> Path:
+    """items.npz and labels.jsonl in <out>/<task>/<run id>/; returns that folder."""
     identity = {k: v for k, v in result["config"].items() if k not in ("out", "data_dir")}
     models = [model["sha256"] for model in (*result["models"]["weak"], result["models"]["strong"])]
-    processes = [n for n in (result["env"].get("world_size", 1),) if n > 1]
-    run_id = digest(identity, result["data"]["sha256"], models, result["code"], *processes)[:12]
+    run_id = digest(identity, result["data"]["sha256"], models, result["code"], result["env"])[:12]
     folder = Path(out) / result["data"]["name"] / run_id
     arrays = {f"seed{r['seed']}/{part}/{name}": array
               for r in runs for part in ("transfer", "test") for name, array in r[part].items()}
@@ -140,9 +148,13 @@ def write(result: dict, runs: list[dict], out: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "items.npz", lambda temporary: temporary.write_bytes(items.getvalue()))
     write_whole(folder / "labels.jsonl", lambda temporary: temporary.write_text("".join(lines), "utf-8"))
+    return folder
+
+
+def write_result(result: dict, folder: Path) -> None:
+    """result.json, a run's last file: where it stands the others do."""
     text = json.dumps(result, indent=1, allow_nan=False)
     write_whole(folder / "result.json", lambda temporary: temporary.write_text(text, "utf-8"))
-    return folder
 
 
 def recorded(path: str) -> dict:
@@ -196,8 +208,10 @@ def read_run(path: str) -> tuple[dict, list[dict]]:
         for run in runs:
             run["texts"] = {key: [row[key] for row in rows if row["seed"] == run["seed"]] for key in TEXTS}
             del run["diagnostics"]
+            for method in result["config"]["methods"]:
+                run["test"][f"p/{method}"]      # KeyError: items.npz is of another run
         return result, runs
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:      # NumPy's reader raises a dozen kinds on a damaged file
         raise DataError(f"{path}: not a result.json of this program with its items.npz and labels.jsonl "
                         f"beside it ({error})") from None
 
@@ -210,19 +224,22 @@ def merged(paths) -> tuple[dict, list[dict]]:
     what else differs."""
     first, runs = read_run(paths[0])
     stages, commands, seconds = list(first["stages"]), [first["command"]], first["seconds"]
+    analysis = first["analysis"] or {}      # {title: a row per seed}
     for path in paths[1:]:
         other, more = read_run(path)
-        a, b = ({"code": r["code"], "data": r["data"], "models": r["models"], "analysis": r["analysis"]}
+        a, b = ({**{key: r[key] for key in ("code", "data", "models")}, "analysis": list(r["analysis"] or ())}
                 | {f"--{k}": v for k, v in r["config"].items() if k not in FREE} for r in (first, other))
         if differ := [name for name in a | b if a.get(name) != b.get(name)]:
             raise DataError(f"{path}: differs from {paths[0]} in {', '.join(differ)}; only seeds may")
         if both := {run["seed"] for run in runs} & {run["seed"] for run in more}:
             raise DataError(f"{path}: has seed {min(both)} too; give each seed once")
         runs += more
+        analysis = {title: rows + other["analysis"][title] for title, rows in analysis.items()}
         stages += other["stages"]
         commands.append(other["command"])
         seconds += other["seconds"]
-    runs.sort(key=lambda run: run["seed"])
+    for rows in (runs, *analysis.values()):
+        rows.sort(key=lambda row: row["seed"])
     config = first["config"] | {"seeds": [run["seed"] for run in runs]}
-    both = measured(runs, config["methods"]) | {"seconds": round(seconds, 2)}
+    both = measured(runs, config["methods"]) | {"analysis": analysis or None, "seconds": round(seconds, 2)}
     return first | {"command": "; ".join(commands), "config": config, "stages": stages, **both}, runs
