@@ -242,6 +242,7 @@ import random
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -298,7 +299,7 @@ def learning_rate(size: int, answers: bool, config: Config) -> float:
 
 
 def passes(answers: bool, config: Config) -> int:
-    """--epochs, or Burns' two; a student that answers learns the labels' noise in its second [D9]."""
+    """--epochs, or Burns' two; of a student that answers one: on real data a second gained nothing [D9]."""
     if config.epochs != "auto":
         return config.epochs
     return 1 if answers else 2
@@ -889,11 +890,14 @@ class View(NamedTuple):
     prior: Tensor       # (m,) P(y = 1)
     truth: Tensor       # (m,) what is known of it, else NaN
     scored: Tensor      # (m,) bool: has truth, and would be smoothed
+    group: Tensor       # (m,) int: questions of one group are right or wrong together
 
 
 def views(prep: Prepared, config: Config) -> list[View]:
     """One per fold of D_l, the fold's items first; all of them are scored."""
     learn, transfer, out, k = prep.learn, prep.transfer, [], max(KS) if config.k == "auto" else config.k
+    number = {q.group: n for n, q in enumerate(learn.questions + transfer.questions)}
+    groups = [torch.tensor([number[q.group] for q in part.questions]) for part in (learn, transfer)]
     for f in learn.fold.unique().tolist():
         at, near = learn.fold == f, []
         if config.alpha != 0:
@@ -901,14 +905,14 @@ def views(prep: Prepared, config: Config) -> list[View]:
             near = [neighbours(x, k, config.device) for x in states.unbind(1)]
         prior = torch.cat([learn.weak[at], prep.supervised.by_fold[f]])
         truth = torch.cat([learn.truth[at], torch.full_like(transfer.own, torch.nan)])
-        out.append(View(near, prior, truth, ~truth.isnan()))
+        out.append(View(near, prior, truth, ~truth.isnan(), torch.cat([groups[0][at], groups[1]])))
     return out
 
 
 def routed_views(graphs: list[View], prep: Prepared, routed_learn: Tensor, routed_transfer: Tensor,
                  anchors: bool) -> list[View]:
     """The views where rows, routed_* (n,) bool, take the own label: those are not scored and, with anchors,
-    have it as their prior [D5]."""
+    have it as their prior [D5]. D_u's rows are routed as they will be, by a probe that saw the fold too."""
     learn, transfer, out = prep.learn, prep.transfer, []
     for f, view in zip(learn.fold.unique(), graphs):
         at = learn.fold == f
@@ -920,9 +924,9 @@ def routed_views(graphs: list[View], prep: Prepared, routed_learn: Tensor, route
 
 
 def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
-    """The alpha, k, layer that make the scored labels most accurate; alpha = 0, no smoothing, unless one
-    beats it by two standard errors of the paired difference: the best of many noisy candidates looks better
-    than it is [D6]. A fixed --alpha is always taken."""
+    """The alpha, k, layer that make the scored labels most accurate, of those that repair more groups than
+    they break by McNemar's test, p < .05 over the number of candidates: the best of many noisy ones looks
+    better than it is. None: alpha = 0, no smoothing [D6]. A fixed --alpha is always taken."""
     auto, smallest = config.alpha == "auto", min(len(view.prior) for view in graphs)
     alphas = ALPHAS if auto else (float(config.alpha),)
     ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)
@@ -930,6 +934,7 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     def right_of(labels):       # 1.0 where the label of a scored item is right, all views' in turn
         return torch.cat([((p > 0.5) == (view.truth > 0.5))[view.scored].double()
                           for view, p in zip(graphs, labels)])
+    group = torch.cat([view.group[view.scored] for view in graphs])
     right = right_of([view.prior for view in graphs])
     if len(right) < 2 or smallest < 2:      # nothing to choose by
         return Smoothing(0, 0.0 if auto else alphas[0], ks[0], None, None)
@@ -937,12 +942,14 @@ def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     best = Smoothing(0, 0.0, ks[0], before, before)
     if config.alpha not in ("auto", 0):
         best = best._replace(after=-1.0)    # which a fixed alpha beats
-    for layer in range(len(graphs[0].near)):
+    layers = len(graphs[0].near)
+    z = NormalDist().inv_cdf(1 - 0.05 / max(1, layers * len(alphas) * len(ks)))
+    for layer in range(layers):
         found = [smooth_grid(view.near[layer], view.prior, alphas, ks, config.gamma) for view in graphs]
         for alpha, k in found[0]:
             now = right_of([smoothed[alpha, k] for smoothed in found])
-            gain = now - right
-            clear = not auto or gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+            net = torch.zeros(1 + int(group.max())).double().index_add(0, group, now - right).sign()
+            clear = not auto or net.sum() > z * net.abs().sum() ** 0.5
             if clear and float(now.mean()) > best.after:
                 best = Smoothing(layer, alpha, k, before, float(now.mean()))
     return many.word(best)

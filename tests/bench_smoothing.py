@@ -8,7 +8,8 @@ Weak labels are smoothed alone (as in graph-only). Each view chooses alpha, k an
     all           one graph of D_l: the density, but labels of several supervisors, some of which saw the
                   neighbours' truth
     fold + D_u    a graph per fold, of it and D_u, labelled by that fold's supervisor: what selw2s.py does
-Beside them: no smoothing, and the best of the grid on D_u, which nobody can choose. Writes JSON with --out.
+Beside them: no smoothing, and the best of the grid on D_u, which nobody can choose. A JSON line per seed;
+data/results/smoothing_choice.json keeps them.
 """
 import json
 import sys
@@ -26,12 +27,13 @@ from data.results.metrics import accuracy, hidden_truth
 
 def d_l_views(prep, by_fold: bool) -> list:
     """Graphs of D_l alone: one per fold, or one of all."""
-    learn, out = prep.learn, []
+    learn, out, numbers = prep.learn, [], {}
+    group = torch.tensor([numbers.setdefault(q.group, len(numbers)) for q in learn.questions])
     for f in learn.fold.unique() if by_fold else [None]:
         at = torch.ones(len(learn.fold), dtype=torch.bool) if f is None else learn.fold == f
         scored = torch.ones(int(at.sum()), dtype=torch.bool)
         near = [selw2s.neighbours(states, max(selw2s.KS)) for states in learn.item_state[at].unbind(1)]
-        out.append(selw2s.View(near, learn.weak[at], learn.truth[at], scored))
+        out.append(selw2s.View(near, learn.weak[at], learn.truth[at], scored, group[at]))
     return out
 
 

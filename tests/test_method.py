@@ -90,8 +90,9 @@ def test_summarise_says_pgr_is_undefined_in_a_small_gap():
              (("weak", weak), ("naive", student), ("ceiling", ceiling))}
         names = np.array([f"q{i}/0" for i in range(n)])
         test = {"id": names, "group": names, "truth": truth, **p}
-        return {"test": test, "transfer": {"truth": truth, "weak": truth}, "truth_used": {"ceiling": 7},
-                "cross_fitted": 0.9, "trained": True, "n": {"labelled": 5, "transfer": n},
+        return {"test": test, "transfer": {"truth": truth, "weak": truth, "group": names},
+                "truth_used": {"ceiling": 7}, "cross_fitted": 0.9, "cross_fitted_error": 0.1,
+                "trained": True, "n": {"labelled": 5, "transfer": n},
                 "weights": dict.fromkeys(("weak", "naive", "ceiling"), "")}
     methods = ("weak", "ceiling", "naive")
     small = r.summarise([fake(0.70, 0.702, 0.703)], methods)
@@ -119,9 +120,9 @@ def test_seeds_are_joined_by_question():
     for order, shown in ((range(5), "0"), ((4, 2, 0, 3, 1), "2")):
         test = {"id": np.array([f"q{i}/{shown}" for i in order]), "group": np.array([f"g{i}" for i in order]),
                 "truth": y[list(order)], "p/weak": p[list(order)]}
-        half = {"weak": np.ones(4), "truth": np.ones(4)}
+        half = {"weak": np.ones(4), "truth": np.ones(4), "group": np.arange(4)}
         runs.append({"test": test, "transfer": half, "truth_used": {}, "n": {"labelled": 5, "transfer": 4},
-                     "cross_fitted": 0.9, "trained": True,
+                     "cross_fitted": 0.9, "cross_fitted_error": 0.1, "trained": True,
                      "weights": {"weak": ""}})
     one, two = r.summarise(runs[:1], ("weak",)), r.summarise(runs, ("weak",))
     assert one["methods"]["weak"]["ci95"] == two["methods"]["weak"]["ci95"]     # the second seed adds nothing
@@ -223,8 +224,8 @@ def two_views(x, prior, truth, layers=None):
     """Two graphs of 150 items each, both classes in each; all items scored."""
     half = torch.arange(300) // 2 % 2
     near = [[s.neighbours(layer[half == h], max(s.KS)) for layer in layers or [x]] for h in (0, 1)]
-    return [s.View(near[h], prior[half == h], truth[half == h], torch.ones(150, dtype=torch.bool))
-            for h in (0, 1)]
+    return [s.View(near[h], prior[half == h], truth[half == h], torch.ones(150, dtype=torch.bool),
+                   torch.arange(300)[half == h]) for h in (0, 1)]
 
 
 def test_two_models_biases_do_not_pass_for_the_gain_of_smoothing():
@@ -252,6 +253,27 @@ def test_chosen_alpha_is_off_where_neighbours_do_not_share_the_truth():
     assert forced.alpha == 0.9 and forced.k == 10 and forced.after < forced.before
 
 
+def test_the_best_of_many_noisy_candidates_is_not_taken():
+    """Labels at chance, states that say nothing: by two standard errors the best of the sixty candidates
+    would be taken in five of these worlds."""
+    on = 0
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        truth, x = (torch.arange(300) % 2).float(), [torch.randn(300, 5, generator=g) for _ in range(3)]
+        prior = torch.where(torch.rand(300, generator=g) < 0.5, 1 - truth, truth) * 0.4 + 0.3
+        on += s.choose_smoothing(two_views(x[0], prior, truth, x), s.Config()).alpha > 0
+    assert on <= 2
+
+
+def test_a_group_counts_once():
+    """Every wrong label is repaired, but all of a few groups' items: too few to say."""
+    x, prior, truth = clusters()
+    graphs = two_views(x, prior, truth)
+    assert s.choose_smoothing(graphs, s.Config()).alpha > 0
+    few = [view._replace(group=view.group % 4) for view in graphs]
+    assert s.choose_smoothing(few, s.Config()).alpha == 0
+
+
 def test_the_right_layer_is_chosen():
     x, prior, truth = clusters()
     junk = torch.randn(300, 17, generator=torch.Generator().manual_seed(9))
@@ -270,15 +292,17 @@ def test_only_what_is_scored_decides():
 
 def test_a_fixed_k_is_not_lowered_to_what_d_l_allows():
     features, truth, config = torch.randn(12, 4), torch.arange(12) % 2.0, s.Config(alpha=0.5, k=50)
-    view = s.View([s.neighbours(features, 50)], truth, truth, torch.ones(12, dtype=torch.bool))
+    view = s.View([s.neighbours(features, 50)], truth, truth, torch.ones(12, dtype=torch.bool),
+                  torch.arange(12))
     assert s.choose_smoothing([view, view], config).k == 50
-    lone = s.View([None], truth[:1], truth[:1], torch.ones(1, dtype=torch.bool))
+    lone = s.View([None], truth[:1], truth[:1], torch.ones(1, dtype=torch.bool), torch.arange(1))
     chosen = s.choose_smoothing([view, lone], config)      # one item has no neighbours: nothing to choose by
     assert (chosen.alpha, chosen.k, chosen.before) == (0.5, 50, None)
 
 
 def part(n, seed=0, fold=True):
-    """A Part of n items with random contents, K = 4 options, R = 2 states of width 3; of D_l truth, fold."""
+    """A Part of n items with random contents, K = 4 options, R = 2 states of width 3, groups of two five
+    places apart; of D_l truth, fold."""
     g = torch.Generator().manual_seed(seed)
     p = torch.rand(n, 4, generator=g, dtype=torch.float64)
     option = torch.randint(4, (n,), generator=g)
@@ -288,7 +312,9 @@ def part(n, seed=0, fold=True):
     known = {}
     if fold:
         known = dict(truth=truth, gold=torch.randint(4, (n,), generator=g), fold=torch.arange(n) % 5)
-    return s.Part(items, [None] * n, [[i] for i in range(n)], torch.rand(n, generator=g),
+    questions = [s.Question(f"q{i}", f"{seed} {i // 10} {i % 5}", "", "?", tuple("abcd"), 0)
+                 for i in range(n)]
+    return s.Part(items, questions, [[i] for i in range(n)], torch.rand(n, generator=g),
                   (belief.argmax(1) == option).float(), belief.gather(1, option[:, None])[:, 0].float(),
                   belief, torch.randn(n, 2, 3, generator=g), torch.randn(n, 2, 3, generator=g), **known)
 
@@ -318,6 +344,10 @@ def test_views_hold_one_supervisors_labels_and_score_its_held_out_fold_alone():
                 assert torch.equal(index, s.knn(x, 49)[0]) and index.shape == similarity.shape == (50, 49)
             assert view.scored.tolist() == (~own_l[at]).tolist() + [False] * 40
             assert torch.equal(view.truth[:10], prep.learn.truth[at]) and view.truth[10:].isnan().all()
+            groups = [q.group for n, q in enumerate(prep.learn.questions) if at[n]]
+            groups += [q.group for q in prep.transfer.questions]
+            assert len(groups) == len(view.group) == 50 and len(set(groups)) == 5 + 20
+            assert len(set(zip(groups, view.group.tolist()))) == len(set(view.group.tolist())) == 25
 
 
 def test_neighbours_of_a_fold_are_found_once_and_only_to_choose_by(monkeypatch):
@@ -558,14 +588,17 @@ def test_every_router_is_diagnosed():
 def test_the_two_views_of_the_supervisor_are_compared():
     def run(seen, real, n=1000):
         weak = np.r_[np.ones(round(real * n)), np.zeros(n - round(real * n))]
-        return {"cross_fitted": seen, "trained": True, "n": {"labelled": n, "transfer": n},
-                "transfer": {"weak": weak, "truth": np.ones(n)}}
+        return {"cross_fitted": seen, "cross_fitted_error": (seen * (1 - seen) / n) ** 0.5, "trained": True,
+                "transfer": {"weak": weak, "truth": np.ones(n), "group": np.arange(n)}}
     view = r.supervisor_views([run(0.537, 0.731)])
     assert view["cross_fitted"] == 0.537 and view["actual"] == pytest.approx(0.731)
     se = (0.537 * 0.463 / 1000 + 0.731 * 0.269 / 1000) ** 0.5
     close(view["standard_errors"], (0.537 - 0.731) / se, 1e-6)
     one, four = (r.supervisor_views([run(0.7, 0.731)] * n)["standard_errors"] for n in (1, 4))
     close(four / one, 2, 1e-6)
+    right = np.repeat([1, 0, 1, 1], 3)
+    close(m.squared_error(right, np.arange(12)), 0.75 * 0.25 / 12, 1e-12)
+    close(m.squared_error(right, np.arange(12) // 3), 0.75 * 0.25 / 4, 1e-12)
 
 
 def test_risk_coverage_orders_by_p_ik():

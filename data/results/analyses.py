@@ -33,9 +33,10 @@ def kept_nowhere(setup):
 
 
 def cross_task(setup, tasks: dict) -> dict:
-    """P(IK) from one task's D_l used on each one's D_u (paper, abstract): {"A -> B": [metrics per seed]}.
+    """P(IK) from one task's D_l used on each one (paper, abstract): {"A -> B": [metrics per seed]}.
 
-    Only the probe comes from A; tau and smoothing are chosen on B's D_l."""
+    Only the probe comes from A; tau and smoothing are chosen on B's D_l. AUROC and ECE are of B's test
+    questions: what A's D_l asks for, B's D_u may ask for too, as the demo's tasks do."""
     import selw2s
     config, out = setup.config, {}
     for seed in config.seeds:
@@ -45,11 +46,13 @@ def cross_task(setup, tasks: dict) -> dict:
             prepared[name] = selw2s.prepare(mine._replace(task=task), seed)
             known[name] = selw2s.know(config, prepared[name], config.route)
         for a, b in product(tasks, tasks):
-            used = known[b]
+            used, parts = known[b], prepared[b]
             if a != b:      # D_l of b took no part in this probe: nothing is held out
-                used = known[a]._replace(learn=known[a].predict(prepared[b].learn),
-                                         transfer=known[a].predict(prepared[b].transfer), test=None)
-            metrics = student_metrics(setup, prepared[b], used)
+                used = known[a]._replace(**{name: known[a].predict(getattr(parts, name))
+                                            for name in ("learn", "transfer", "test")})
+            right = own_right(config, parts.test)
+            metrics = student_metrics(setup, parts, used) | {
+                "auroc": auroc(used.test, right), "ece": ece(used.test, right)}
             out.setdefault(f"{Path(a).name} -> {Path(b).name}", []).append(metrics)
     return out
 

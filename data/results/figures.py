@@ -150,7 +150,7 @@ def draw_cross_task(plt, result):
     """A matrix per measure: P(IK) trained on the row's task, used on the column's."""
     rows = result["analysis"]
     names = list(dict.fromkeys(title.split(" -> ")[0] for title in rows))
-    measures = {"auroc": "AUROC of P(IK) on D_u", "accuracy": "accuracy of the selective student"}
+    measures = {"auroc": "AUROC of P(IK) on test", "accuracy": "accuracy of the selective student"}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for ax, (key, title) in zip(axes, measures.items()):
         grid = np.array([[mean_of(rows[f"{a} -> {b}"], key) for b in names] for a in names])

@@ -79,6 +79,14 @@ def ece(p: Tensor, y: Tensor, bins: int = 10) -> float:
     return sum(n * abs(mean_p - mean_y) for mean_p, mean_y, n in reliability(p, y, bins)) / len(p)
 
 
+def squared_error(right, group) -> float:
+    """Squared standard error of the mean of right (N,) 0/1, items of a group (N,) being right or wrong
+    together."""
+    _, which = np.unique(group, return_inverse=True)
+    right = np.asarray(right, float)
+    return float((np.bincount(which, right - right.mean()) ** 2).sum() / len(right) ** 2)
+
+
 def bootstrap(right: np.ndarray, group: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
     """Paired bootstrap over test items and seeds: right (methods, seeds, N) 0/1, group (N,) -> accuracies
     (draws, methods).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.results.metrics import (accuracy, auroc, bootstrap, brier, ece, interval, pgr, pgr_interval, ratio,
-                                  reliability, sign_flip)
+                                  reliability, sign_flip, squared_error)
 
 
 def described(config) -> str:
@@ -151,10 +151,10 @@ def supervisor_views(runs: list[dict]) -> dict:
     seeds, and their difference in standard errors."""
     seen, real, variance = 0.0, 0.0, 0.0
     for r in runs:
-        on_u = accuracy(*(torch.as_tensor(r["transfer"][key]) for key in ("weak", "truth")))
-        seen, real = seen + r["cross_fitted"] / len(runs), real + on_u / len(runs)
-        for share, n in ((r["cross_fitted"], r["n"]["labelled"]), (on_u, r["n"]["transfer"])):
-            variance += share * (1 - share) / n / len(runs) ** 2
+        u = r["transfer"]
+        right = (u["weak"] > 0.5) == (u["truth"] > 0.5)
+        seen, real = seen + r["cross_fitted"] / len(runs), real + right.mean() / len(runs)
+        variance += (r["cross_fitted_error"] ** 2 + squared_error(right, u["group"])) / len(runs) ** 2
     return {"cross_fitted": seen, "actual": real, "trained": all(r["trained"] for r in runs),
             "standard_errors": (seen - real) / max(variance ** 0.5, 1e-9)}
 

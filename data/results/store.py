@@ -14,7 +14,7 @@ import torch
 from data import DataError, many, write_whole
 from data.cache import digest
 from data.jsonl import TEXTS, label_rows
-from data.results.metrics import accuracy, hidden_truth, own_right
+from data.results.metrics import hidden_truth, own_right, squared_error
 from data.results.report import diagnose, summarise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -66,6 +66,7 @@ def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
     """One seed's arrays and choices, as named in items.npz and result.json. Of selw2s: setup: Setup, prep:
     Prepared, known: Known by router, s: Selected, done: Predictions by method."""
     config, u = setup.config, prep.transfer
+    right = ((prep.labelled.weak > 0.5) == (prep.labelled.truth > 0.5)).double()
     transfer = part_arrays(config, u, {name: k.transfer for name, k in known.items()},
                            {method: out.transfer for method, out in done.items()})
     test = part_arrays(config, prep.test, {name: k.test for name, k in known.items()},
@@ -78,7 +79,8 @@ def record(setup, prep, known: dict, s, done: dict, homophily: float) -> dict:
     return {"seed": prep.seed, "tau": float(s.tau.double().mean()), "tau_rule": s.rule,
             "layer": known[config.route].layer, "l2": known[config.route].probe.l2,
             "supervisors": setup.titles, "trained": len(setup.supervisors) > 0,
-            "cross_fitted": accuracy(prep.labelled.weak, prep.labelled.truth),
+            "cross_fitted": float(right.mean()),
+            "cross_fitted_error": squared_error(right, [q.group for q in prep.labelled.questions]) ** 0.5,
             "smoothing": s.chosen._asdict(), "smoothing_graph_only": s.chosen_alone._asdict(),
             "homophily": homophily, "truth_used": truth_used(setup, prep),
             "weights": {method: out.weights for method, out in done.items()},
