@@ -1128,9 +1128,12 @@ def run(config: Config) -> dict:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)    # with warn_only attention would not be
         torch.utils.deterministic.fill_uninitialized_memory = False
-    check_device(config.device)
     if many.LAUNCHED and config.device.startswith("cuda:"):
         raise DataError(f"--device {config.device}: several processes take --device cuda, a GPU each")
+    check_device(many.own_device(config.device))    # on another's, each would leave half a gigabyte
+    if many.LAUNCHED and config.device == "cuda" and torch.cuda.device_count() < many.here():
+        raise DataError(f"--device cuda: {many.here()} processes on this machine, which has "
+                        f"{torch.cuda.device_count()} GPU(s): start one for each")
     many.start(config.device)
     print(described(config))
     setup, counts = set_up(config, Stages(Path(config.out) / "cache", tell, config.device))

@@ -50,7 +50,7 @@ def first_calls() -> None:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether this is what PyTorch raises when a GPU's or the machine's memory runs out."""
-    said = "can't allocate memory", "out of memory"
+    said = "can't allocate memory", "out of memory", "ALLOC_FAILED"  # the last is cuBLAS
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 

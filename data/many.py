@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,23 @@ def size() -> int:
     return dist.get_world_size() if _store is not None else 1
 
 
+def here() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
+
+
+def own_device(device: str) -> str:
+    """"cuda" of this one of several processes. The CPU, and of a single process any GPU, is itself."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if LAUNCHED and device == "cuda" else device
+
+
 def start(device: str) -> None:
     """Join the others where torchrun has started several. Device "cuda" is from now on this process's GPU."""
     global _store
     if not LAUNCHED or _store is not None:
         return
     if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_device(device))
     store, mine, many = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=mine, world_size=many,
@@ -165,17 +176,23 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
+@cache
+def mesh(kind: str):
+    """All processes, as PyTorch's sharding takes them; one for all networks: some hold sockets open."""
+    from torch.distributed.device_mesh import init_device_mesh      # here: half a second
+    return init_device_mesh(kind, (size(),))
+
+
 def shard(network: nn.Module, blocks, whole: set, dtype: torch.dtype, offload: bool) -> None:
     """PyTorch's FSDP2: each process keeps its share of every parameter but of those in `whole`, and gathers a
     block's, in dtype, while it computes; gradients are reduced in float32 to their mean over processes. A
     block at a time goes to the network's device, what is trained as a float32 copy. offload: the shares stay
     in the CPU's memory."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
                                         register_fsdp_forward_method)     # here: half a second
     kind = network.device.type
     cpu = CPUOffloadPolicy(pin_memory=kind == "cuda")
-    options = dict(mesh=init_device_mesh(kind, (size(),)), ignored_params=whole,
+    options = dict(mesh=mesh(kind), ignored_params=whole,
                    offload_policy=cpu if offload else OffloadPolicy())
     in_dtype = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -95,6 +95,7 @@ def worker(folder: str, device: str = "cpu") -> None:
     many.start(device)
     out = computed(Path(folder), device) | {"kept": kept(Path(folder))}
     out |= {f"spread.{name}": x for name, x in computed(Path(folder), device, True).items()}
+    assert many.mesh.cache_info().misses == 1       # beside a GPU each would be a gloo group of its own
     if many.rank() == 0:
         save_file(out, Path(folder) / f"{many.size()}.safetensors")
     many.stop()
@@ -263,6 +264,26 @@ def test_a_killed_process_ends_the_run_with_a_line(tiny, tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     result = json.loads(next((tmp_path / "out").glob("*/*/result.json")).read_text())
     assert [stage["cached"] for stage in result["stages"]] == [True] * 4 + [False]
+
+
+def test_more_processes_than_gpus_are_one_line(tiny, tmp_path, monkeypatch):
+    """Each looks at its own GPU alone; that there are too few all see."""
+    import selw2s
+    from data import DataError, many
+    checked = []
+    monkeypatch.setattr(many, "LAUNCHED", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(selw2s, "check_device", checked.append)
+    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "4"),
+                        ("CUBLAS_WORKSPACE_CONFIG", "")):
+        monkeypatch.setenv(name, value)
+    config = selw2s.parse([*tiny, "--device", "cuda", "--out", str(tmp_path)])
+    try:
+        with pytest.raises(DataError, match=r"cuda: 4 processes on this machine, which has 3 GPU\(s\)"):
+            selw2s.run(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert checked == ["cuda:2"]
 
 
 def test_a_wrong_flag_costs_one_line():

@@ -462,6 +462,16 @@ def test_out_of_memory_halves_a_batch(tiny, monkeypatch):
         M.hidden_at(net, sequences)
 
 
+@pytest.mark.parametrize("words, it_is", [
+    ("CUDA out of memory. Tried to allocate 2 GiB", True),
+    ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", True),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", False),
+    ("CUDA error: device-side assert triggered", False)])
+def test_how_memory_runs_out(words, it_is):
+    assert C.out_of_memory(RuntimeError(words)) is it_is
+
+
 def small_memory(real, most):
     def packed(self, tokens, lengths, *rest, **kw):
         if len(tokens) > most:
