@@ -1170,7 +1170,7 @@ def rerun(config: Config) -> None:
     values |= {"out": fresh, "data_dir": config.data_dir or values.get("data_dir", "")}
     try:
         again = Config(**values)
-        line = problem(again)
+        line = problem(again) or ("" if again == settled(again) else "its --methods are no run's")
     except TypeError as error:
         line = str(error)
     if line:
