@@ -233,7 +233,7 @@ def methods_table(names) -> str:
     lines = [row_of(["accuracy on test [95 % interval]", *runs]), "|---" * (len(runs) + 1) + "|"]
     lines += [row(titles.get(m, m), lambda r, m=m: cell(r, m)) for m in methods]
     lines.append(row("majority class", lambda r: f"{r['metrics']['majority']:.3f}"))
-    lines.append(row("own answers right, questions of D_u",
+    lines.append(row("own answers right among all options, D_u",
                      mean(lambda d: d["p_ik"]["transfer"]["own_right"])))
     for router in ("probe", "belief", "both"):
         for part, where in (("transfer", "D_u"), ("test", "test")):
@@ -243,6 +243,8 @@ def methods_table(names) -> str:
     lines.append(row("own label used on D_u", mean(lambda d: d["coverage"])))
     sources = [r["seeds"][0]["diagnostics"]["label_accuracy"] for r in runs.values()]
     for key in dict.fromkeys(key for source in sources for key in source):
+        if key in ("weak/0", "label/weak", "label/naive", "label/logconf", "label/product"):
+            continue        # weak, under its other names
         title = key.replace("_", " ")
         if key.startswith("label/"):
             title = f"{key.removeprefix('label/')}'s"
@@ -430,15 +432,29 @@ SAID = {"weak": "weak", "zero-shot": "the strong model untouched (zero-shot)", "
 def found(name: str) -> str:
     """What one run of the real pair found, as it came out."""
     result = kept(name)
-    methods, seeds, n = result["metrics"]["methods"], len(result["seeds"]), result["metrics"]["test_items"]
-    best = max((m for m in SAID if m != "ceiling"), key=lambda m: methods[m]["accuracy"])
+    metrics, runs, seeds = result["metrics"], result["seeds"], len(result["seeds"])
+    best = max((m for m in SAID if m != "ceiling"), key=lambda m: metrics["methods"][m]["accuracy"])
+    n = {key: f"{round(np.mean([run['n'][key] for run in runs])):,}" for key in runs[0]["n"]}
     how = f"--student {result['config']['student']}"
     cells = ", ".join(f"{title} {cell(result, m)}" for m, title in SAID.items())
     told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
                         for other in ("naive", "zero-shot"))
-    return (f"**{name.split('-')[0]}**, `{how}`, {n:,} test items, {seeds} seed{'s' if seeds > 1 else ''}: "
-            f"{cells}. Selective is {told}. The most accurate without D_u's truth: {best}. "
-            f"[Result](data/results/{name}/result.json), made by `{result['command']}`.")
+    on = sum(run["smoothing"]["alpha"] > 0 for run in runs)
+    said = [f"**{name.split('-')[0]}**, `{how}`, {n['labelled']} labelled, {n['transfer']} transfer, "
+            f"{n['test']} test items, {seeds} seed{'s' * (seeds > 1)}: {cells}.",
+            f"Selective is {told}; it smoothed in {on} of {seeds} seed(s), else it is route-only."]
+    if seeds > 1:
+        p = metrics["methods"]["selective"]["minus_naive"]
+        said.append(f"Over seeds alone, p = {p['sign_flip_p']:.2f} for the first (sign-flip test, with so "
+                    f"few at least {p['smallest_p']:.2f}).")
+    if not metrics["pgr_defined"]:
+        said.append("The ceiling is not clearly above the weak model: there is no gap to recover.")
+    apart = metrics["supervisor"]["standard_errors"]
+    if abs(apart) > 3:
+        said.append(f"The supervisor seems {'worse' if apart < 0 else 'better'} on D_l than it is on D_u, by "
+                    f"{abs(apart):.1f} standard errors.")
+    return " ".join([*said, f"The most accurate without D_u's truth: {best}. "
+                            f"[Result](data/results/{name}/result.json)."])
 
 
 def finding(_: str) -> str:
