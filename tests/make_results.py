@@ -440,9 +440,10 @@ def found(name: str) -> str:
     told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
                         for other in ("naive", "zero-shot"))
     on = sum(run["smoothing"]["alpha"] > 0 for run in runs)
+    smoothed = f"smoothing was on in {on} of {seeds}" if on else "smoothing was off, so it is route-only"
     said = [f"**{name.split('-')[0]}**, `{how}`, {n['labelled']} labelled, {n['transfer']} transfer, "
             f"{n['test']} test items, {seeds} seed{'s' * (seeds > 1)}: {cells}.",
-            f"Selective is {told}; it smoothed in {on} of {seeds} seed(s), else it is route-only."]
+            f"Selective is {told}; {smoothed}."]
     if seeds > 1:
         p = metrics["methods"]["selective"]["minus_naive"]
         said.append(f"Over seeds alone, p = {p['sign_flip_p']:.2f} for the first (sign-flip test, with so "
