@@ -299,7 +299,7 @@ def learning_rate(size: int, answers: bool, config: Config) -> float:
 
 
 def passes(answers: bool, config: Config) -> int:
-    """--epochs, or Burns' two; of a student that answers one: on real data a second gained nothing [D9]."""
+    """--epochs, or Burns' two; of a student that answers one [D9]."""
     if config.epochs != "auto":
         return config.epochs
     return 1 if answers else 2

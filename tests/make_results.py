@@ -439,10 +439,11 @@ def found(name: str) -> str:
     cells = ", ".join(f"{title} {cell(result, m)}" for m, title in SAID.items())
     told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
                         for other in ("naive", "zero-shot"))
+    plural = "" if seeds == 1 else "s"
     on = sum(run["smoothing"]["alpha"] > 0 for run in runs)
     smoothed = f"smoothing was on in {on} of {seeds}" if on else "smoothing was off, so it is route-only"
     said = [f"**{name.split('-')[0]}**, `{how}`, {n['labelled']} labelled, {n['transfer']} transfer, "
-            f"{n['test']} test items, {seeds} seed{'s' * (seeds > 1)}: {cells}.",
+            f"{n['test']} test items, {seeds} seed{plural}: {cells}.",
             f"Selective is {told}; {smoothed}."]
     if seeds > 1:
         p = metrics["methods"]["selective"]["minus_naive"]

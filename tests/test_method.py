@@ -596,6 +596,11 @@ def test_the_two_views_of_the_supervisor_are_compared():
     close(view["standard_errors"], (0.537 - 0.731) / se, 1e-6)
     one, four = (r.supervisor_views([run(0.7, 0.731)] * n)["standard_errors"] for n in (1, 4))
     close(four / one, 2, 1e-6)
+    apart, together = run(0.537, 0.732), run(0.537, 0.732)
+    together["transfer"]["group"] = np.arange(1000) // 4        # fours of one mind: as of a quarter as many
+    se = [(0.537 * 0.463 / 1000 + times * 0.732 * 0.268 / 1000) ** 0.5 for times in (1, 4)]
+    for one, error in zip((apart, together), se):
+        close(r.supervisor_views([one])["standard_errors"], (0.537 - 0.732) / error, 1e-6)
     right = np.repeat([1, 0, 1, 1], 3)
     close(m.squared_error(right, np.arange(12)), 0.75 * 0.25 / 12, 1e-12)
     close(m.squared_error(right, np.arange(12) // 3), 0.75 * 0.25 / 4, 1e-12)

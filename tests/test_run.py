@@ -776,6 +776,9 @@ def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_
     result = go(tiny, tmp_path, "--methods", "weak", "--analysis", "cross-task")
     assert list(result["analysis"]) == [f"{a} -> {b}" for a in ("task.jsonl", "sciq", "boolq")
                                         for b in ("task.jsonl", "sciq", "boolq")]
+    own, there = result["seeds"][0]["diagnostics"]["p_ik"], result["analysis"]["task.jsonl -> task.jsonl"][0]
+    assert there["auroc"] == own["test"]["auroc"] != own["transfer"]["auroc"]
+    assert there["ece"] == own["test"]["ece"] != own["transfer"]["ece"]
     said = capsys.readouterr().out
     assert "data      cosmosqa is left out: train.csv is missing, no download" in said
     assert "data      sciq: 88 train and 40 test questions" in said

@@ -25,7 +25,8 @@ def write_page(folder: Path, result: dict, runs: list[dict], drawn: list[str]) -
     items = [row for run in runs for row in item_rows(run)]
     metrics, seeds = result["metrics"], [run["seed"] for run in runs]
     figures = {name: figure_html(folder / name) for name in drawn}
-    n = f"{metrics['test_items']:,} test items x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    plural = "" if len(seeds) == 1 else "s"
+    n = f"{metrics['test_items']:,} test items x {len(seeds)} seed{plural}"
     world = "synthetic demo world, " if result["config"]["task"] in DEMO else ""
     title = f"{result['data']['name']}: {world}{n}"
     parts = {"TITLE": html.escape(title), "COMMAND": html.escape(result["command"]),
