@@ -635,6 +635,22 @@ def test_analyses_give_every_row_for_every_seed(tiny, tmp_path, analysis, rows):
         assert coverage[0] == 1 and coverage[-1] == 0 and coverage == sorted(coverage, reverse=True)
 
 
+@pytest.mark.figures
+@pytest.mark.slow
+@pytest.mark.parametrize("analysis", ["difficulty", "sweep"])
+def test_methods_weak_makes_an_analysis_train_no_student(tiny, tmp_path, analysis, monkeypatch):
+    """Its rows are those of a run with students, less their accuracy; drawn and planned without them."""
+    flags = ("--analysis", analysis)
+    every = go(tiny, tmp_path, "--methods", "naive", *flags)["analysis"]
+    monkeypatch.setattr(selw2s, "student", None)
+    rows = go(tiny, tmp_path, "--methods", "weak", *flags)["analysis"]
+    assert rows == {title: [{k: v for k, v in m.items() if k != "accuracy"} for m in metrics]
+                    for title, metrics in every.items()}
+    assert len(list(tmp_path.glob("*/*/analysis.svg"))) == 2
+    planned = {row.name for row in selw2s.plan(selw2s.parse([*tiny, "--methods", "weak", *flags, "--plan"]))}
+    assert planned & set(selw2s.METHODS) == {"weak"}
+
+
 def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny):
     from data import Question, Task, fit
     config = selw2s.parse(list(tiny))
@@ -777,6 +793,7 @@ def test_cross_task_of_a_file_takes_the_official_tasks_that_are_there(tiny, tmp_
     assert list(result["analysis"]) == [f"{a} -> {b}" for a in ("task.jsonl", "sciq", "boolq")
                                         for b in ("task.jsonl", "sciq", "boolq")]
     own, there = result["seeds"][0]["diagnostics"]["p_ik"], result["analysis"]["task.jsonl -> task.jsonl"][0]
+    assert "accuracy" not in there and 0 <= there["label_accuracy"] <= 1     # --methods weak: no students
     assert there["auroc"] == own["test"]["auroc"] != own["transfer"]["auroc"]
     assert there["ece"] == own["test"]["ece"] != own["transfer"]["ece"]
     said = capsys.readouterr().out

@@ -2,7 +2,7 @@
 models' representations lack: --analysis representation.
 
 Each analysis gives {row title: [metrics of each seed]} and asks for the steps of selw2s, which is imported
-when one runs: it imports this module.
+when one runs: it imports this module. With --methods weak none but representation trains students.
 """
 from dataclasses import replace
 from itertools import product
@@ -15,16 +15,20 @@ from data.results.metrics import accuracy, auroc, ece, hidden_truth, mean_of, ow
 
 
 def student_metrics(setup, prep, known, method: str = "selective") -> dict:
-    """Metrics of one student on prep's data with the given P(IK), and of what went into it."""
+    """Metrics of P(IK) on prep's data, of a method's labels with it and, unless --methods names no student,
+    of its student on test."""
     import selw2s
     s, p = selw2s.select(setup.config, prep, known.learn, known.transfer), known.transfer
-    out = selw2s.student(method, kept_nowhere(setup), prep, known, s)
+    labels = selw2s.labels_of(method, setup, prep, known, s)
     right, truth = own_right(setup.config, prep.transfer), hidden_truth(prep.transfer)
-    return {"seed": prep.seed, "auroc": auroc(p, right), "ece": ece(p, right),
-            "tau": float(s.tau.double().mean()), "coverage": float(s.is_self.double().mean()),
-            "label_accuracy": accuracy(out.labels, truth),
-            "homophily": selw2s.homophily(prep.transfer, s.chosen_alone, setup.config.device),
-            "accuracy": accuracy(out.test, hidden_truth(prep.test))}
+    metrics = {"seed": prep.seed, "auroc": auroc(p, right), "ece": ece(p, right),
+               "tau": float(s.tau.double().mean()), "coverage": float(s.is_self.double().mean()),
+               "label_accuracy": accuracy(labels, truth),
+               "homophily": selw2s.homophily(prep.transfer, s.chosen_alone, setup.config.device)}
+    if set(setup.config.methods) > set(selw2s.ALWAYS):
+        out = selw2s.student(method, kept_nowhere(setup), prep, known, s)
+        metrics["accuracy"] = accuracy(out.test, hidden_truth(prep.test))
+    return metrics
 
 
 def kept_nowhere(setup):

@@ -28,7 +28,7 @@ PEAK = {        # operations a second by the data sheets: SXM, dense, float32 wi
     "H100": {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}}
 USED = 0.4      # of that: what a GPU reaches that is fed well
 FITTED = ("fused", "trust", "oracle")       # methods whose labels are fitted to values: here they have none
-EXTRA = {       # students that an analysis trains per seed beside those of --methods
+EXTRA = {       # students that an analysis trains per seed beside those of --methods, if there are any
     "": {}, "cross-task": {"selective": 9}, "cross-task of a file": {"selective": 16},
     "difficulty": {"selective": 3},
     "sweep": {"route-only": 9, "graph-only": 19}, "representation": {"ceiling": 1, "naive": 1}}
@@ -113,7 +113,8 @@ def stages_of(setup) -> list[Row]:
             elif method not in selw2s.ALWAYS:
                 selected = selw2s.Selected(*[labels] * len(selw2s.Selected._fields))
                 selw2s.student(method, setup, prep, None, selected)
-        for method, times in EXTRA[analysis].items():
+        students = set(config.methods) > set(selw2s.ALWAYS) or analysis == "representation"
+        for method, times in EXTRA[analysis].items() if students else ():
             for _ in range(times):
                 selw2s.finetuned(method, setup, setup.strong, inputs, ledger.made_up(len(inputs)), ask, seed)
     return ledger.rows
