@@ -424,29 +424,28 @@ def verdict(result: dict, other: str) -> str:
     return f"below {other}" if high < 0 else f"not told apart from {other}"
 
 
-SAID = {"weak": "weak", "zero-shot": "the strong model untouched (zero-shot)", "naive": "naive",
-        "self-only": "its own answers alone (self-only)", "selective": "**selective**",
-        "fused": "fused (beyond the paper)",
-        "strong-on-D_l": "the strong model finetuned on the labelled half (strong-on-D_l)",
-        "ceiling": "ceiling"}
+SAID = {"weak": "weak", "zero-shot": "zero-shot: the strong model untouched",
+        "naive": "naive: on the weak labels", "self-only": "self-only: on its own labels",
+        "selective": "**selective**", "fused": "fused (beyond the paper)",
+        "strong-on-D_l": "strong-on-D_l: on the truth of D_l", "ceiling": "ceiling: on the truth of D_u"}
+
+
+def headed(name: str) -> str:
+    """A real run by its task and student."""
+    result = kept(name)
+    return f"{name.split('-')[0]}, `--student {result['config']['student']}`"
 
 
 def found(name: str) -> str:
-    """What one run of the real pair found, as it came out."""
+    """What the intervals of one run of the real pair tell, as it came out."""
     result = kept(name)
     metrics, runs, seeds = result["metrics"], result["seeds"], len(result["seeds"])
     best = max((m for m in SAID if m != "ceiling"), key=lambda m: metrics["methods"][m]["accuracy"])
-    n = {key: f"{round(np.mean([run['n'][key] for run in runs])):,}" for key in runs[0]["n"]}
-    how = f"--student {result['config']['student']}"
-    cells = ", ".join(f"{title} {cell(result, m)}" for m, title in SAID.items())
     told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
                         for other in ("naive", "zero-shot"))
-    plural = "" if seeds == 1 else "s"
     on = sum(run["smoothing"]["alpha"] > 0 for run in runs)
     smoothed = f"smoothing was on in {on} of {seeds}" if on else "smoothing was off, so it is route-only"
-    said = [f"**{name.split('-')[0]}**, `{how}`, {n['labelled']} labelled, {n['transfer']} transfer, "
-            f"{n['test']} test items, {seeds} seed{plural}: {cells}.",
-            f"Selective is {told}; {smoothed}."]
+    said = [f"- {headed(name)}: selective is {told}; {smoothed}."]
     if seeds > 1:
         p = metrics["methods"]["selective"]["minus_naive"]
         said.append(f"Over seeds alone, p = {p['sign_flip_p']:.2f} for the first (sign-flip test, with so "
@@ -462,9 +461,23 @@ def found(name: str) -> str:
 
 
 def finding(_: str) -> str:
-    """What the method did on real data, a paragraph per kind of student."""
+    """What the method did on real data: a table, a column per task and kind of student, and what it tells."""
     names = [name for name in SELECTIVE if kept(name) and not name.endswith("-soft")]
-    return "\n\n".join(map(found, names)) or "On real data: not measured."
+    if not names:
+        return "On real data: not measured."
+    results = [kept(name) for name in names]
+
+    def counted(part):
+        return (f"{round(np.mean([run['n'][part] for run in result['seeds']])):,}" for result in results)
+    sizes = ["; ".join(n) for n in zip(*map(counted, ("labelled", "transfer", "test")))]
+    rows = [["accuracy on test [95 % interval]", *map(headed, names)],
+            ["items in D_l; D_u; test", *sizes], ["seeds", *(str(len(r["seeds"])) for r in results)],
+            *([title, *(cell(result, m) for result in results)] for m, title in SAID.items()),
+            ["majority class", *(f"{result['metrics']['majority']:.3f}" for result in results)],
+            ["labels of D_u right: weak; own; selective's",
+             *("; ".join(label_cell(result, key) for key in ("weak", "own", "refined")) for result in results)]]
+    table = [row_of(rows[0]), "|---" * len(rows[0]) + "|", *map(row_of, rows[1:])]
+    return "\n".join([*table, "", *map(found, names)])
 
 
 def plans_table(_: str) -> str:
