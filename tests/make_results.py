@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import official
-from data.results.metrics import mean_of
+from data.results.metrics import bootstrap, interval, mean_of
 from data.results.plan import PEAK, USED, duration
-from data.results.report import span
+from data.results.report import right_by_method, span
 
 RESULTS = ROOT / "data/results"
 TASKS = ("demo-sciq", "demo-boolq", "demo-cosmosqa")
@@ -51,6 +51,7 @@ STUDENTS = ("--methods", "ceiling", "naive", "self-only", "strong-on-D_l", "grap
             "selective", "fused")
 RECIPES = ("naive", "ensemble", "raven", "two-stage", "label-model")
 ANSWER = ("--student", "answer")
+BFLOAT16 = ("--dtype", "bfloat16")
 SOFT = (*ANSWER, "--labels", "soft")
 REAL = {            # the same for the real pair; a run that was not made is "not measured" in the tables
     "sciq-classifier": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS),
@@ -63,15 +64,17 @@ REAL = {            # the same for the real pair; a run that was not made is "no
                           "--weak-seeds", "3"), ("result.json", "main.svg")),
     "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
                      ("result.json", "items.npz", *FIGURES)),
-    "cosmosqa-answer": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
-                        ("result.json", "items.npz", *FIGURES)),
-    "cross-task-pair": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", "--methods",
-                         "weak", *ANSWER, "--analysis", "cross-task"), ("result.json", "analysis.svg")),
+    "sciq-answer-bfloat16": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *ANSWER, *BFLOAT16),
+                             ("result.json", "items.npz", *FIGURES)),
+    "cosmosqa-answer": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER,
+                         *BFLOAT16), ("result.json", "items.npz", *FIGURES)),
+    "cross-task-pair": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", "--methods", "weak",
+                         *ANSWER, "--analysis", "cross-task", *BFLOAT16), ("result.json", "analysis.svg")),
     "difficulty-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "naive", *ANSWER,
                          "--seeds", "0", "1", "2", "--analysis", "difficulty"),
                         ("result.json", "analysis.svg")),
-    **{f"folds-{n}-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "weak", "--folds", n),
-                           ("result.json",)) for n in ("2", "10")}}
+    **{f"folds-{n}-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "weak", "--folds", n,
+                            *BFLOAT16), ("result.json",)) for n in ("2", "10")}}
 DECISIONS = {       # row of the README's table of decisions: flags of its alternatives
     "D1": (("--own", "mean"), ("--own", "pmi"), ("--own", "judge")), "D2": (("--shots", "4"),),
     "D3": (("--target", "soft"),),
@@ -189,11 +192,16 @@ def seconds(result: dict) -> float:
     return sum({stage["key"]: stage["seconds"] for stage in result["stages"]}.values())
 
 
+def smoothed(result: dict) -> int:
+    """In how many seeds selective's weak labels were smoothed."""
+    return sum(run["smoothing"]["alpha"] > 0 for run in result["seeds"])
+
+
 def main_table(names) -> str:
     """One row per run: the methods that the claim is about. A demo's says that it is synthetic."""
     shown = ("weak", "zero-shot", "naive", "self-only", "selective", "fused", "strong-on-D_l", "ceiling")
-    head = ["run", *shown, "selective - naive", "selective - zero-shot", "PGR naive", "PGR selective",
-            "test items x seeds", "minutes"]
+    head = ["run", *shown, "selective - naive", "selective - zero-shot", "PGR naive", "PGR zero-shot",
+            "PGR selective", "smoothed in", "test items x seeds", "minutes"]
     lines = [row_of(head), "|---" * len(head) + "|"]
     for name in names:
         result = kept(name)
@@ -202,8 +210,9 @@ def main_table(names) -> str:
             continue
         cells = [cell(result, m) for m in shown]
         cells += [difference(result, "selective", other) for other in ("naive", "zero-shot")]
-        cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "selective")]
-        cells += [f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
+        cells += [cell(result, m, "pgr", "pgr_ci95") for m in ("naive", "zero-shot", "selective")]
+        cells += [f"{smoothed(result)} of {len(result['seeds'])} seeds",
+                  f"{result['metrics']['test_items']:,} x {len(result['seeds'])}",
                   f"{seconds(result) / 60:.1f}"]
         world = " (synthetic)" if name in TASKS else ""
         lines.append(row_of([f"[{name}](data/results/{name}/result.json){world}", *cells]))
@@ -231,6 +240,7 @@ def methods_table(names) -> str:
               "oracle": "oracle (not attainable)"}
     methods = list(dict.fromkeys(m for r in runs.values() for m in r["metrics"]["methods"]))
     lines = [row_of(["accuracy on test [95 % interval]", *runs]), "|---" * (len(runs) + 1) + "|"]
+    lines.append(row("seeds", lambda r: str(len(r["seeds"]))))
     lines += [row(titles.get(m, m), lambda r, m=m: cell(r, m)) for m in methods]
     lines.append(row("majority class", lambda r: f"{r['metrics']['majority']:.3f}"))
     lines.append(row("own answers right among all options, D_u",
@@ -243,8 +253,9 @@ def methods_table(names) -> str:
     lines.append(row("own label used on D_u", mean(lambda d: d["coverage"])))
     sources = [r["seeds"][0]["diagnostics"]["label_accuracy"] for r in runs.values()]
     for key in dict.fromkeys(key for source in sources for key in source):
-        if key in ("weak/0", "label/weak", "label/naive", "label/logconf", "label/product"):
-            continue        # weak, under its other names
+        if key in ("weak/0", *(f"label/{m}" for m in ("weak", "naive", "logconf", "product", "self-only",
+                                                      "graph-only", "selective", "ceiling"))):
+            continue        # weak, own, smoothed weak, refined under other names; the truth
         title = key.replace("_", " ")
         if key.startswith("label/"):
             title = f"{key.removeprefix('label/')}'s"
@@ -305,7 +316,7 @@ def folds_table(_: str) -> str:
     """The supervisor as D_l shows it beside the supervisor as it is, by the number of folds [D16]."""
     head = ("folds", "each trained on", "right on D_l, cross-fitted", "right on D_u", "standard errors apart")
     lines = [row_of(head), "|---" * 5 + "|"]
-    for folds, name in ((2, "folds-2-pair"), (5, "sciq-classifier"), (10, "folds-10-pair")):
+    for folds, name in ((2, "folds-2-pair"), (5, "sciq-answer-bfloat16"), (10, "folds-10-pair")):
         result = kept(name)
         if result is None:
             lines.append(row_of([str(folds), "not measured", "", "", ""]))
@@ -334,7 +345,7 @@ def smoothing_table(_: str) -> str:
     how, middle = " (graph-only)", " (graph-only, middle layer)"
     fixed = [title[:-len(how)] for title in kept("sweep-sciq")["analysis"]
              if title.startswith("alpha ") and title.endswith(how)]
-    lines = [row_of(["labels of D_u right", "graph on", *fixed, "chosen on D_l"]),
+    lines = [row_of(["right", "graph on", *fixed, "chosen on D_l"]),
              "|---" * (len(fixed) + 3) + "|"]
     for task in ("demo-sciq", "demo-cosmosqa"):
         rows, chosen = kept(f"sweep{task.removeprefix('demo')}")["analysis"], kept(task)
@@ -342,7 +353,10 @@ def smoothing_table(_: str) -> str:
         auto = mean_of(rows["alpha auto" + middle], "label_accuracy")
         for where, suffix, last in (("chosen layer", how, alone), ("middle layer", middle, auto)):
             cells = [f"{mean_of(rows[title + suffix], 'label_accuracy'):.3f}" for title in fixed]
-            lines.append(row_of([task, where, *cells, f"{last:.3f}"]))
+            lines.append(row_of([task, f"{where}: labels", *cells, f"{last:.3f}"]))
+        students = [f"{mean_of(rows[title + how], 'accuracy'):.3f}" for title in fixed]
+        alone = chosen["metrics"]["methods"]["graph-only"]["accuracy"]
+        lines.append(row_of([task, "chosen layer: their student on test", *students, f"{alone:.3f}"]))
     return "\n".join(lines)
 
 
@@ -416,12 +430,11 @@ def demo_table(_: str) -> str:
     return "\n".join("    " + line for line in printed[start:end])
 
 
-def verdict(result: dict, other: str) -> str:
+def verdict(name: str, other: str) -> str:
     """What the paired interval of selective's difference to another row says."""
-    low, high = result["metrics"]["methods"]["selective"][f"minus_{other}"]["ci95"]
-    if low > 0:
-        return f"above {other}"
-    return f"below {other}" if high < 0 else f"not told apart from {other}"
+    mean, (low, high) = apart(name, "selective", other)
+    side = "above" if low > 0 else "below" if high < 0 else "not told apart from"
+    return f"{side} {other} ({mean:+.3f} {span((low, high))})"
 
 
 SAID = {"weak": "weak", "zero-shot": "zero-shot: the strong model untouched",
@@ -431,21 +444,30 @@ SAID = {"weak": "weak", "zero-shot": "zero-shot: the strong model untouched",
 
 
 def headed(name: str) -> str:
-    """A real run by its task and student."""
-    result = kept(name)
-    return f"{name.split('-')[0]}, `--student {result['config']['student']}`"
+    """A real run by its task and the flags that tell it from others."""
+    config = kept(name)["config"]
+    soft = " --labels soft" if config["labels"] == "soft" else ""
+    return f"{name.split('-')[0]}, `--student {config['student']}{soft}`"
+
+
+def apart(name: str, method: str, other: str) -> tuple[float, list[float]]:
+    """Accuracy of a method less another's on the same items, with its 95 % interval, from items.npz."""
+    seeds = kept(name)["config"]["seeds"]
+    with np.load(RESULTS / name / "items.npz") as arrays:
+        keys = ("id", "group", "truth", f"p/{method}", f"p/{other}")
+        runs = [{"test": {key: arrays[f"seed{seed}/test/{key}"] for key in keys}} for seed in seeds]
+    right, group = right_by_method(runs, (method, other))
+    draws = bootstrap(right, group)
+    return right[0].mean() - right[1].mean(), interval(draws[:, 0] - draws[:, 1])
 
 
 def found(name: str) -> str:
     """What the intervals of one run of the real pair tell, as it came out."""
     result = kept(name)
-    metrics, runs, seeds = result["metrics"], result["seeds"], len(result["seeds"])
-    best = max((m for m in SAID if m != "ceiling"), key=lambda m: metrics["methods"][m]["accuracy"])
-    told = " and ".join(f"{verdict(result, other)} ({difference(result, 'selective', other)})"
-                        for other in ("naive", "zero-shot"))
-    on = sum(run["smoothing"]["alpha"] > 0 for run in runs)
-    smoothed = f"smoothing was on in {on} of {seeds}" if on else "smoothing was off, so it is route-only"
-    said = [f"- {headed(name)}: selective is {told}; {smoothed}."]
+    metrics, seeds, on = result["metrics"], len(result["seeds"]), smoothed(result)
+    told = [verdict(name, other) for other in ("naive", "self-only", "zero-shot")]
+    how = f"smoothing was on in {on} of {seeds} seeds" if on else "smoothing was off, so it is route-only"
+    said = [f"- {headed(name)}: selective is {told[0]}, {told[1]} and {told[2]}; {how}."]
     if seeds > 1:
         p = metrics["methods"]["selective"]["minus_naive"]
         said.append(f"Over seeds alone, p = {p['sign_flip_p']:.2f} for the first (sign-flip test, with so "
@@ -456,26 +478,34 @@ def found(name: str) -> str:
     if abs(apart) > 3:
         said.append(f"The supervisor seems {'worse' if apart < 0 else 'better'} on D_l than it is on D_u, by "
                     f"{abs(apart):.1f} standard errors.")
-    return " ".join([*said, f"The most accurate without D_u's truth: {best}. "
-                            f"[Result](data/results/{name}/result.json)."])
+    rows = [metrics["methods"][m] for m in SAID]
+    if all(row["ci95"][0] <= metrics["majority"] <= row["ci95"][1] for row in rows):
+        said.append("No row is told apart from the majority class.")
+    return " ".join([*said, f"[Result](data/results/{name}/result.json)."])
 
 
 def finding(_: str) -> str:
     """What the method did on real data: a table, a column per task and kind of student, and what it tells."""
-    names = [name for name in SELECTIVE if kept(name) and not name.endswith("-soft")]
+    names = [name for name in SELECTIVE if kept(name) and not name.endswith("-bfloat16")]
     if not names:
         return "On real data: not measured."
     results = [kept(name) for name in names]
 
-    def counted(part):
-        return (f"{round(np.mean([run['n'][part] for run in result['seeds']])):,}" for result in results)
-    sizes = ["; ".join(n) for n in zip(*map(counted, ("labelled", "transfer", "test")))]
+    def across(get, *keys):
+        return ["; ".join(get(result, key) for key in keys) for result in results]
+
+    def counted(result, part):
+        return f"{round(np.mean([run['n'][part] for run in result['seeds']])):,}"
+
+    def auroc_on_test(result, router):
+        return router_cell(result, router, "test").split(" / ")[0]
     rows = [["accuracy on test [95 % interval]", *map(headed, names)],
-            ["items in D_l; D_u; test", *sizes], ["seeds", *(str(len(r["seeds"])) for r in results)],
+            ["items in D_l; D_u; test", *across(counted, "labelled", "transfer", "test")],
+            ["seeds", *(str(len(result["seeds"])) for result in results)],
             *([title, *(cell(result, m) for result in results)] for m, title in SAID.items()),
             ["majority class", *(f"{result['metrics']['majority']:.3f}" for result in results)],
-            ["labels of D_u right: weak; own; selective's",
-             *("; ".join(label_cell(result, key) for key in ("weak", "own", "refined")) for result in results)]]
+            ["labels of D_u right: weak; own; selective's", *across(label_cell, "weak", "own", "refined")],
+            ["AUROC on test: P(IK); option probabilities", *across(auroc_on_test, "probe", "belief")]]
     table = [row_of(rows[0]), "|---" * len(rows[0]) + "|", *map(row_of, rows[1:])]
     return "\n".join([*table, "", *map(found, names)])
 
