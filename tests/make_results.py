@@ -330,6 +330,24 @@ def folds_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def bfloat16_table(_: str) -> str:
+    """SciQ, seed 0, in both dtypes, where the number of folds plays no part: the same test items."""
+    runs = []
+    for name in ("sciq-answer", "folds-2-pair"):
+        with np.load(RESULTS / name / "items.npz") as arrays:
+            runs.append({key.removeprefix("seed0/test/"): arrays[key] for key in arrays.files
+                         if key.startswith("seed0/test/")})
+    lines = [row_of(["accuracy on test", "float32", "bfloat16", "difference", "same class"]), "|---" * 5 + "|"]
+    for method in ("weak", "zero-shot", "naive"):
+        right, group = zip(*(right_by_method([{"test": run}], [method]) for run in runs))
+        draws = bootstrap(np.concatenate(right), group[0])
+        same = np.mean((runs[0][f"p/{method}"] > 0.5) == (runs[1][f"p/{method}"] > 0.5))
+        a, b = (r.mean() for r in right)
+        change = f"{b - a:+.3f} {span(interval(draws[:, 1] - draws[:, 0]))}"
+        lines.append(row_of([method, f"{a:.3f}", f"{b:.3f}", change, f"{same:.3f}"]))
+    return "\n".join(lines)
+
+
 def representation_table(_: str) -> str:
     """What each weak model's states lack, and what that predicts."""
     result = kept("representation-sciq") or {"analysis": {}}
@@ -592,7 +610,8 @@ PARTS = {"finding": finding, "results": lambda _: main_table([*SELECTIVE, *TASKS
          "difficulty-pair": lambda _: difficulty_table("difficulty-pair"),
          "difficulty-sciq": lambda _: difficulty_table("difficulty-sciq"),
          "representation": representation_table, "smoothing": smoothing_table, "choice": choice_table,
-         "folds": folds_table, "routing": routing_table, "finetune": finetune_table,
+         "folds": folds_table, "bfloat16": bfloat16_table,
+         "routing": routing_table, "finetune": finetune_table,
          "decisions": decisions_table, "plans": plans_table, "growth": growth_table, "speed": speed_table,
          "sharing": sharing_table}
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
