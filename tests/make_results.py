@@ -337,7 +337,8 @@ def bfloat16_table(_: str) -> str:
         with np.load(RESULTS / name / "items.npz") as arrays:
             runs.append({key.removeprefix("seed0/test/"): arrays[key] for key in arrays.files
                          if key.startswith("seed0/test/")})
-    lines = [row_of(["accuracy on test", "float32", "bfloat16", "difference", "same class"]), "|---" * 5 + "|"]
+    head = ["accuracy on test", "float32", "bfloat16", "difference", "same class"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for method in ("weak", "zero-shot", "naive"):
         right, group = zip(*(right_by_method([{"test": run}], [method]) for run in runs))
         draws = bootstrap(np.concatenate(right), group[0])
