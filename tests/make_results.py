@@ -332,20 +332,15 @@ def folds_table(_: str) -> str:
 
 def bfloat16_table(_: str) -> str:
     """SciQ, seed 0, in both dtypes, where the number of folds plays no part: the same test items."""
-    runs = []
-    for name in ("sciq-answer", "folds-2-pair"):
-        with np.load(RESULTS / name / "items.npz") as arrays:
-            runs.append({key.removeprefix("seed0/test/"): arrays[key] for key in arrays.files
-                         if key.startswith("seed0/test/")})
-    head = ["accuracy on test", "float32", "bfloat16", "difference", "same class"]
+    runs = on_test("sciq-answer")[:1] + on_test("folds-2-pair")
+    head = ["accuracy on test", "float32", "bfloat16", "difference", "right or wrong alike"]
     lines = [row_of(head), "|---" * len(head) + "|"]
     for method in ("weak", "zero-shot", "naive"):
-        right, group = zip(*(right_by_method([{"test": run}], [method]) for run in runs))
-        draws = bootstrap(np.concatenate(right), group[0])
-        same = np.mean((runs[0][f"p/{method}"] > 0.5) == (runs[1][f"p/{method}"] > 0.5))
-        a, b = (r.mean() for r in right)
+        (right,), group = right_by_method(runs, [method])       # (2, N): float32, bfloat16
+        draws = bootstrap(right[:, None], group)
+        (a, b), alike = right.mean(1), (right[0] == right[1]).mean()
         change = f"{b - a:+.3f} {span(interval(draws[:, 1] - draws[:, 0]))}"
-        lines.append(row_of([method, f"{a:.3f}", f"{b:.3f}", change, f"{same:.3f}"]))
+        lines.append(row_of([method, f"{a:.3f}", f"{b:.3f}", change, f"{alike:.3f}"]))
     return "\n".join(lines)
 
 
@@ -453,7 +448,7 @@ def demo_table(_: str) -> str:
 
 def verdict(name: str, other: str) -> str:
     """What the paired interval of selective's difference to another row says."""
-    mean, (low, high) = apart(name, "selective", other)
+    mean, (low, high) = paired(name, "selective", other)
     side = "above" if low > 0 else "below" if high < 0 else "not told apart from"
     return f"{side} {other} ({mean:+.3f} {span((low, high))})"
 
@@ -471,13 +466,18 @@ def headed(name: str) -> str:
     return f"{name.split('-')[0]}, `--student {config['student']}{soft}`"
 
 
-def apart(name: str, method: str, other: str) -> tuple[float, list[float]]:
-    """Accuracy of a method less another's on the same items, with its 95 % interval, from items.npz."""
-    seeds = kept(name)["config"]["seeds"]
+def on_test(name: str) -> list[dict]:
+    """What a run's items.npz holds of test, per seed, as right_by_method takes it."""
     with np.load(RESULTS / name / "items.npz") as arrays:
-        keys = ("id", "group", "truth", f"p/{method}", f"p/{other}")
-        runs = [{"test": {key: arrays[f"seed{seed}/test/{key}"] for key in keys}} for seed in seeds]
-    right, group = right_by_method(runs, (method, other))
+        starts = [f"seed{seed}/test/" for seed in kept(name)["config"]["seeds"]]
+        return [{"test": {key.removeprefix(start): arrays[key] for key in arrays.files
+                          if key.startswith(start)}} for start in starts]
+
+
+def paired(name: str, method: str, other: str) -> tuple[float, list[float]]:
+    """Accuracy of a method less another's on the same items, with its 95 % interval; as result.json has them
+    for naive and zero-shot alone."""
+    right, group = right_by_method(on_test(name), (method, other))
     draws = bootstrap(right, group)
     return right[0].mean() - right[1].mean(), interval(draws[:, 0] - draws[:, 1])
 

@@ -84,6 +84,14 @@ def test_reference_runs_are_of_one_code_and_say_their_command():
     assert runs["demo-sciq"]["seconds"] / 6 < 240       # all methods, three supervisors: one seed
 
 
+@pytest.mark.parametrize("name", [name for name in make_results.SELECTIVE if make_results.kept(name)])
+def test_differences_made_from_the_items_are_those_of_the_run(name):
+    for other in ("naive", "zero-shot"):
+        mean, ci = make_results.paired(name, "selective", other)
+        run = make_results.kept(name)["metrics"]["methods"]["selective"][f"minus_{other}"]
+        assert mean == pytest.approx(run["mean"], abs=1e-12) and ci == pytest.approx(run["ci95"], abs=1e-12)
+
+
 ALLOWED = {"selw2s": {"model", "graph", "data"}, "model": {"data"}, "graph": set(), "data": {"data"}}
 
 

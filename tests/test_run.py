@@ -649,6 +649,9 @@ def test_methods_weak_makes_an_analysis_train_no_student(tiny, tmp_path, analysi
     assert len(list(tmp_path.glob("*/*/analysis.svg"))) == 2
     planned = {row.name for row in selw2s.plan(selw2s.parse([*tiny, "--methods", "weak", *flags, "--plan"]))}
     assert planned & set(selw2s.METHODS) == {"weak"}
+    flags = ("--methods", "weak", "--analysis", "representation", "--plan")      # which is of students alone
+    planned = {row.name for row in selw2s.plan(selw2s.parse([*tiny, *flags]))}
+    assert planned & set(selw2s.METHODS) == {"weak", "ceiling", "naive"}
 
 
 def test_over_long_contexts_are_cut_at_their_end_and_no_item_is_dropped(tiny):
