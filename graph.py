@@ -5,7 +5,7 @@ by graph smoothing and leaves the graph open. Ours is the kNN graph of Iscen et 
 with the propagation of Zhou et al. 2004, "Learning with local and global consistency".
 
     index, similarity = knn(x, k)         NN_k(i) and s_ij, exact
-    W = affinity(index, similarity)       A_ij = max(0, s_ij)^gamma for j in NN_k(i);  W = A + A^T
+    W = affinity(index, similarity)       A_ij = s_ij^gamma for j in NN_k(i), s_ij > 0;  W = A + A^T
     S = normalise(W)                      S = D^-1/2 W D^-1/2,  D = diag(W 1)
     F = propagate(S, Y, alpha).F          F = (1 - alpha)(I - alpha S)^-1 Y
 
@@ -188,7 +188,7 @@ def knn(x, k: int, *, queries=None, block: int | None = None, tile=torch.float32
 
 
 def affinity(index: Tensor, similarity: Tensor, *, gamma: float = 3.0) -> Tensor:
-    """W = A + A^T, A_ij = max(0, similarity_ij)^gamma for j among index_i: a mutual pair counts twice.
+    """W = A + A^T, A_ij = s_ij^gamma if s_ij > 0 and j is among index_i: a mutual pair counts twice.
 
     index, similarity (N, k) as of knn; W sparse CSR (N, N) float64, symmetric, zero diagonal, no zero stored
     [Iscen et al. 2019]. GraphError: shapes differ, NaN, an index beyond N - 1 (as of separate queries).
@@ -200,9 +200,9 @@ def affinity(index: Tensor, similarity: Tensor, *, gamma: float = 3.0) -> Tensor
     if similarity.isnan().any() or (index < 0).any() or (index >= N).any():
         raise GraphError(f"affinity: similarity holds NaN, or index leaves 0 ... {N - 1}")
     row = torch.arange(N, device=index.device)[:, None].expand_as(index)                # (N, k)
-    edge = (similarity > 0) & (index != row)
-    ends = torch.stack((row[edge], index[edge]))        # (2, E)
-    weight = similarity[edge].double() ** gamma         # (E,)
+    weight = torch.where(similarity > 0, similarity.double() ** gamma, 0)               # (N, k)
+    edge = (weight > 0) & (index != row)                # (N, k); a power may underflow
+    ends, weight = torch.stack((row[edge], index[edge])), weight[edge]                  # (2, E), (E,)
     both = torch.cat((ends, ends.flip(0)), 1)           # entries of A and of A^T, which coalesce adds up
     W = torch.sparse_coo_tensor(both, weight.repeat(2), (N, N), check_invariants=False).coalesce()
     return _csr(*W.indices(), W.values(), W.shape)

@@ -10,7 +10,7 @@ Transformer.packed.
                                                 Classifier [D8] or an Answerer [D17]
     log p(a|q) Reading.loglik        (Q, O)     option scores, Kadavath et al. 2022 (arXiv 2207.05221) [D1]
     h(q)       Reading.prompt_state  (Q, n, C)  state at the end of the question: what P(IK) looks at
-    h(q, a)    Reading.item_state    (Q, n, C)  state at the end of the item: a node of the graph
+    h(q, a)    Reading.item_state    (Q, O, n, C)  after each option: of the one shown, a graph's node
 
 Shapes: B sequences, T tokens of one, P tokens of all, C width, H heads, K key/value heads, D head dimension,
 I inner width of the MLP, V vocabulary, N items, Q questions, O options, n layers asked for.

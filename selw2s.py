@@ -383,7 +383,7 @@ class Part(NamedTuple):
     weak: Tensor | None = None          # 2: (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor | None = None           # 3: (n,) self-generated label, 0/1
     zero_shot: Tensor | None = None     # (n,) P(y = 1) of the strong model untouched, its belief in the item
-    belief: Tensor | None = None        # (n, K) its probability of each option text (--own judge: no, yes)
+    belief: Tensor | None = None        # (n, K) float64, of each option text (--own judge: no, yes)
     prompt_state: Tensor | None = None  # (n, R, C) its hidden states where the question ends, nothing shown
     item_state: Tensor | None = None    # (n, R, C) its hidden states where the item's text ends
     truth: Tensor | None = None         # 1: (n,) labels
@@ -812,9 +812,9 @@ def thresholds(config: Config, prep: Prepared, p_learn: Tensor) -> tuple[str, Te
 
     answers  P(IK) >= a, the supervisor's accuracy on D_l. Cautious: P(IK) is of answers, a of labels.
     labels   r >= a, where r = P(IK) + (1 - P(IK)) q is the probability that the own *label* is right and q
-             the share of right own labels among D_l's wrongly answered questions
+             the share of right own labels among D_l's wrongly answered questions, at most 1 - 1e-6
     item     r >= the supervisor's own confidence in the item, calibrated on D_l
-    auto     the one of these whose labels of D_l are most often right
+    auto     the one of these whose labels of D_l are most often right; of equals the first
     All are thresholds on P(IK), as r >= x where P(IK) >= (x - q) / (1 - q)."""
     learn, transfer = prep.learn, prep.transfer
 
@@ -926,7 +926,8 @@ def routed_views(graphs: list[View], prep: Prepared, routed_learn: Tensor, route
 def choose_smoothing(graphs: list[View], config: Config) -> Smoothing:
     """The alpha, k, layer that make the scored labels most accurate, of those that repair more groups than
     they break by McNemar's test, p < .05 over the number of candidates: the best of many noisy ones looks
-    better than it is. None: alpha = 0, no smoothing [D6]. A fixed --alpha is always taken."""
+    better than it is; of equals the lowest layer, then k, then alpha. None: alpha = 0, no smoothing [D6]. A
+    fixed --alpha is always taken. --k auto: those of KS below the smallest view's m (5 in any case)."""
     auto, smallest = config.alpha == "auto", min(len(view.prior) for view in graphs)
     alphas = ALPHAS if auto else (float(config.alpha),)
     ks = tuple(k for k in KS if k < max(smallest, 6)) if config.k == "auto" else (config.k,)

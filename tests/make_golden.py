@@ -1,6 +1,7 @@
 """Write tests/golden/*.safetensors: inputs and results of every part of the method, for ports of selw2s.
 
-    python tests/make_golden.py [FOLDER]     3 seconds; port_numpy.py reads all without torch
+    python tests/make_golden.py [FOLDER]     3 seconds; port_numpy.py reads all without torch, and
+                                             golden/compare.py holds the tolerances
 
 Inputs are stored, not seeds. What no line marks float64, int32 or uint8 is float32 and was computed in
 float32. metadata: versions, and in the family files "config", the config.json. Shapes as in model.py and
@@ -32,7 +33,7 @@ graph.safetensors                            graph.py; row 11 of x is a twin of 
     x, Y                 (97, 13), (97, 3)   features, labels
     cosine.index         (97, 7) int32       neighbours by cosine; ties: lower index first
     cosine.similarity    (97, 7)
-    S.crow, S.col        (98,), (E,) int32   CSR pattern of W and S, gamma 3
+    S.crow, S.col        (98,), (E,) int32   CSR pattern of W and S, gamma 3, made of the stored similarity
     W.value, S.value     (E,) float64
     F.half, F.most       (97, 3) float64     alpha 0.5, 0.99
 
@@ -59,14 +60,37 @@ method.safetensors                           selw2s.py and data/results/metrics.
     loss.product         (16,)               the same at each fraction; item 0: yes + no = 0 gives 0
     metric.p, metric.y   (57,)               many ties, some at exactly 1/2; truth 0/1
     metric.{accuracy, auroc, brier, cross_entropy}  () float64
-    metric.ece           () float64          10 bins of equal count: seven of 6 items, three of 5
+    metric.ece           () float64          10 bins of equal count: seven of 6 items, then three of 5; items
+                                             of the same p in their order
     metric.accuracies    (3,) float64        of weak, student, ceiling
     metric.pgr           () float64
+
+select_on, select_off .safetensors           steps 5 and 6 with all that they choose: selw2s.select; in the
+                                             second one smoothing beside own labels fails [D6]'s test
+    learn.weak, .own, .truth, .p_ik  (48,)   D_l: cross-fitted weak P(y = 1), own 0/1 labels, truth, P(IK)
+    learn.knows          (48,) uint8         the own answer (among all options) is right
+    learn.fold, .group   (48,) int32         3 folds; questions of one group are right or wrong together
+    learn.states         (48, 2, 6)          item_state, of two layers
+    transfer.weak, .own, .p_ik  (30,)        D_u, whose groups are its own
+    transfer.by_fold     (3, 30)             D_u's weak labels by the supervisor that did not see fold f
+    transfer.states      (30, 2, 6)
+    tau.{answers, labels, item}  (30,)       P(IK) from which an item of D_u takes its own label, by rule [D4]
+    select.rule          () int32            the one taken, 0, 1 or 2: two are right equally often on D_l, and
+                                             the first of them is it
+    select.is_self       (30,) uint8
+    select.routed        (30,)               own where is_self, else weak
+    select.refined       (30,)               these smoothed, --anchors 1
+    select.smoothed_weak (30,)               the weak labels smoothed alone
+    CHOICE.layer, .k     () int32            for CHOICE chosen (beside own labels) and alone [D6]: of alphas
+    CHOICE.alpha         () float64          .3, .5, .7, .9, .97 and k 5, 10, 20 (50 is above the smallest
+    CHOICE.before, .after  () float64        view); accuracy of D_l's scored labels before and after
 """
 import json
 import platform
 import sys
 import tempfile
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,9 +231,49 @@ def metrics(rng):
         f"metric.{name}": torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
 
 
+def select_file(rng):
+    n, m, folds = 48, 30, 3
+    truth = rng.randint(2, size=n + m)
+    sign = 2 * truth - 1
+    weak = np.clip(0.5 + 0.11 * sign + 0.25 * rng.randn(n + m), 0.02, 0.98)
+    by_fold = np.clip(weak[n:] + 0.1 * rng.randn(folds, m), 0.02, 0.98)
+    own = np.where(rng.rand(n + m) < 0.7, truth, 1 - truth)
+    knows = (own == truth) & (rng.rand(n + m) < 0.9)
+    p_ik = 1 / (1 + np.exp(-1.5 * (knows - 0.3) - 0.8 * rng.randn(n + m)))
+    states = rng.randn(n + m, 2, 6)
+    states[:, 1, 0] += 2.5 * sign
+    group = np.append(rng.permutation(n) // 2, n + np.arange(m))
+    arrays = [tensor(x) for x in (weak, own, p_ik, states, truth)]
+    (weak, own, p_ik, states, truth), gold = arrays, torch.zeros(n).long()
+    belief = torch.stack([torch.from_numpy(knows[:n]), ~torch.from_numpy(knows[:n])], 1).double()
+    fold = torch.from_numpy(group[:n] % folds)
+    asked = [types.SimpleNamespace(group=g) for g in group]
+    learn = selw2s.Part(None, asked[:n], weak=weak[:n], own=own[:n], truth=truth[:n], fold=fold,
+                        belief=belief, gold=gold, item_state=states[:n])
+    transfer = selw2s.Part(None, asked[n:], weak=weak[n:], own=own[n:], item_state=states[n:])
+    supervised = selw2s.Supervised(weak[:n], weak[n:], None, "", tensor(by_fold), weak[None, n:])
+    prep = selw2s.Prepared(0, learn, learn, transfer, None, supervised)
+    config = selw2s.Config(folds=folds)
+    s = selw2s.select(config, prep, p_ik[:n], p_ik[n:])
+    tau = {rule: selw2s.thresholds(replace(config, tau=rule), prep, p_ik[:n])[2] for rule in selw2s.TAU_RULES}
+    out = {"learn.weak": weak[:n], "learn.own": own[:n], "learn.truth": truth[:n], "learn.p_ik": p_ik[:n],
+           "learn.knows": torch.from_numpy(knows[:n]).to(torch.uint8), "learn.fold": fold.int(),
+           "learn.group": torch.from_numpy(group[:n]).int(), "learn.states": states[:n],
+           "transfer.weak": weak[n:], "transfer.own": own[n:], "transfer.p_ik": p_ik[n:],
+           "transfer.by_fold": supervised.by_fold, "transfer.states": states[n:],
+           "select.rule": torch.tensor(selw2s.TAU_RULES.index(s.rule)).int(),
+           "select.is_self": s.is_self.to(torch.uint8), "select.routed": s.routed,
+           "select.refined": s.refined, "select.smoothed_weak": s.smoothed_weak}
+    for name, choice in (("chosen", s.chosen), ("alone", s.chosen_alone)):
+        for key, x in choice._asdict().items():
+            dtype = torch.int32 if key in ("layer", "k") else torch.float64
+            out[f"{name}.{key}"] = torch.tensor(x, dtype=dtype)
+    return out | {f"tau.{rule}": x for rule, x in tau.items()}
+
+
 def main(folder=HERE / "golden"):
     def save(name, file, **metadata):
-        file = {key: x.detach().contiguous() for key, x in file.items()}
+        file = {key: x.detach().clone(memory_format=torch.contiguous_format) for key, x in file.items()}
         save_file(file, Path(folder) / f"{name}.safetensors", metadata=versions | metadata)
 
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
@@ -219,6 +283,8 @@ def main(folder=HERE / "golden"):
     save("graph", graph_file(np.random.RandomState(3)))
     rng = np.random.RandomState(4)
     save("method", probes(rng) | selection(rng) | losses() | metrics(rng))
+    save("select_on", select_file(np.random.RandomState(45)))       # these two show test_port.py's traps
+    save("select_off", select_file(np.random.RandomState(19)))
 
 
 if __name__ == "__main__":

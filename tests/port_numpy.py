@@ -8,7 +8,9 @@ them. For the eye, not for speed: one sequence at a time, no padding, all in flo
 T tokens, B sequences, C width, H heads, K key/value heads, D head dimension, V vocabulary; N items, k
 neighbours, M classes. p, y, w (N,): probability, target in [0, 1], weak label; w of the probe: its weights.
 """
+import itertools
 import sys
+from statistics import NormalDist
 
 import numpy as np
 
@@ -76,8 +78,9 @@ def gpt2(config, w, tokens):
 
 def llama(config, w, tokens):
     """llama and gemma3_text, whose gains are 1 + weight and which norms each part after it as well."""
-    gemma, T, D = config["model_type"] == "gemma3_text", len(tokens), config["head_dim"]
-    scale = config["query_pre_attn_scalar" if gemma else "head_dim"] ** -0.5
+    gemma, T, heads = config["model_type"] == "gemma3_text", len(tokens), config["num_attention_heads"]
+    D = config.get("head_dim") or config["hidden_size"] // heads
+    scale = (config["query_pre_attn_scalar"] if gemma else D) ** -0.5
 
     def linear(x, name):                                        # (out, in)
         return x @ w[f"model.{name}.weight"].T
@@ -88,7 +91,7 @@ def llama(config, w, tokens):
     embedding = w["model.embed_tokens.weight"]
     states = [embedding[tokens] * (config["hidden_size"] ** 0.5 if gemma else 1)]
     for i, h in enumerate(f"layers.{i}." for i in range(config["num_hidden_layers"])):
-        rope, window = (config["rope_theta"], config["rope_scaling"]), None
+        rope, window = (config["rope_theta"], config.get("rope_scaling") or {}), None
         if gemma and config["layer_types"][i] == "sliding_attention":
             rope, window = (config["rope_local_base_freq"], {}), config["sliding_window"]
         x, y = states[-1], norm(states[-1], h + "input_layernorm")
@@ -135,8 +138,8 @@ def knn(x, k):
 
 
 def affinity(index, similarity, gamma=3.0):
-    A = np.zeros((len(index), len(index)))
-    np.put_along_axis(A, index, np.maximum(similarity.astype(np.float64), 0) ** gamma, 1)
+    A, s = np.zeros((len(index), len(index))), np.maximum(similarity.astype(np.float64), 0)
+    np.put_along_axis(A, index, np.where(s > 0, s ** gamma, 0), 1)          # gamma 0: 0 ** 0 would be 1
     return A + A.T                                              # a mutual pair counts twice
 
 
@@ -193,6 +196,73 @@ def smooth(features, prior, alpha, k, gamma):
     W = affinity(*knn(features - features.mean(0), k), gamma)   # raw hidden states share one large direction
     F = propagate(normalise(W), np.stack([1 - prior, prior], 1), alpha)
     return F[:, 1] / F.sum(1)
+
+
+def log_odds(p):
+    p = np.clip(p.astype(np.float64), 1e-6, 1 - 1e-6)
+    return np.log(p) - np.log(1 - p)
+
+
+def thresholds(learn, weak):
+    """(best, [(tau of D_l, tau of D_u) by answers, labels, item]); best: the first rule of those whose labels
+    of D_l are most often right. learn: D_l's weak, own, truth, p_ik, knows, fold (N,); weak: D_u's."""
+    right, q = (learn["weak"] > 0.5) == (learn["truth"] > 0.5), 0.0
+    if not learn["knows"].all():        # of the wrong answers, whose label is right all the same
+        q = min((learn["own"] == learn["truth"])[learn["knows"] == 0].mean(), 1 - 1e-6)
+    x, mean, scale = standardise(np.abs(log_odds(learn["weak"]))[:, None])
+    l2, sure = cross_validate(x, right, learn["fold"])
+    w, a = fit(x, right, l2), right.mean()
+    sure_u = sigmoid((np.abs(log_odds(weak)) - mean) / scale * w[0] + w[1])
+    rules = [(np.full(len(right), t), np.full(len(weak), t)) for t in (a, (a - q) / (1 - q))]
+    rules.append(((sure - q) / (1 - q), (sure_u - q) / (1 - q)))
+    labels = [route(learn["p_ik"], learn["own"], learn["weak"], tau)[0] for tau, _ in rules]
+    accuracy = [((p > 0.5) == (learn["truth"] > 0.5)).mean() for p in labels]
+    return accuracy.index(max(accuracy)), rules
+
+
+def choose_smoothing(views, alphas=(0.3, 0.5, 0.7, 0.9, 0.97), ks=(5, 10, 20, 50), gamma=3.0):
+    """(layer, alpha, k, accuracy before, after), alpha 0: off. views: (states (M, R, C), prior, truth,
+    scored, group (M,)) of each fold of D_l beside D_u. Ties go to the lower layer, then k, then alpha."""
+    ks = [k for k in ks if k < max(6, min(len(view[1]) for view in views))]
+    layers = views[0][0].shape[1]
+
+    def right(labels):
+        return np.concatenate([((p > 0.5) == (truth > 0.5))[scored]
+                               for p, (_, _, truth, scored, _) in zip(labels, views)]).astype(float)
+    group = np.concatenate([view[4][view[3]] for view in views])
+    before = right([view[1] for view in views])
+    best = 0, 0.0, ks[0], before.mean(), before.mean()
+    z = NormalDist().inv_cdf(1 - 0.05 / (layers * len(alphas) * len(ks)))       # McNemar over groups
+    for layer, k, alpha in itertools.product(range(layers), ks, alphas):
+        now = right([smooth(view[0][:, layer], view[1], alpha, k, gamma) for view in views])
+        net = np.sign(np.bincount(group, now - before))
+        if net.sum() > z * np.abs(net).sum() ** 0.5 and now.mean() > best[-1]:
+            best = layer, alpha, k, before.mean(), now.mean()
+    return best
+
+
+def select(learn, transfer):
+    """Steps 5 and 6: what golden/compare.py asks for."""
+    rule, rules = thresholds(learn, transfer["weak"])
+    tau_learn, tau = rules[rule]
+    routed, is_self = route(transfer["p_ik"], transfer["own"], transfer["weak"], tau)
+    _, is_self_learn = route(learn["p_ik"], learn["own"], learn["weak"], tau_learn)
+    alone, beside, unknown = [], [], np.full(len(tau), np.nan)
+    for f, weak in enumerate(transfer["by_fold"]):
+        at = learn["fold"] == f
+        states = np.concatenate([learn["states"][at], transfer["states"]])
+        prior, truth = np.append(learn["weak"][at], weak), np.append(learn["truth"][at], unknown)
+        own, is_own = np.append(learn["own"][at], transfer["own"]), np.append(is_self_learn[at], is_self)
+        group = np.append(learn["group"][at], learn["group"].max() + 1 + np.arange(len(tau)))
+        alone.append((states, prior, truth, ~np.isnan(truth), group))
+        beside.append((states, np.where(is_own, own, prior), truth, ~np.isnan(truth) & ~is_own, group))
+    out = {"tau": [tau for _, tau in rules], "rule": rule, "is_self": is_self, "routed": routed,
+           "chosen": choose_smoothing(beside), "alone": choose_smoothing(alone)}
+
+    def smoothed(labels, layer, alpha, k, *_):
+        return smooth(transfer["states"][:, layer], labels, alpha, k, 3.0) if alpha else labels
+    return out | {"refined": smoothed(routed, *out["chosen"]),
+                  "smoothed_weak": smoothed(transfer["weak"], *out["alone"])}
 
 
 def log_confidence(p, w, fraction):

@@ -263,6 +263,8 @@ def test_weights_that_underflow_are_no_edge():
     S = graph.normalise(W)
     assert S.to_dense()[:2].count_nonzero() == 0 and S.to_dense()[2, 3].item() == pytest.approx(1)
     assert graph.propagate(S, torch.tensor([[.25], [.5], [1], [0]]), 0.5).F[:2].tolist() == [[.25], [.5]]
+    gone = graph.affinity(index, torch.tensor([[.1], [.1], [.9], [.9]], dtype=torch.float64), gamma=1000)
+    assert gone.crow_indices().tolist() == [0, 0, 0, 1, 2]      # .1 ** 1000 is zero: no entry
 
 
 # ------------------------------------------------------------------------------------------------ propagation

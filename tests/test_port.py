@@ -72,7 +72,8 @@ def test_script_describes_every_array(name):
     for key in load_file(GOLDEN[name]):
         part, _, rest = key.partition(".")
         known = {key, f".{rest}", f"FIT.{rest}"}
-        known |= {"metric.{accuracy"} if part == "metric" and rest in make_golden.__doc__ else set()
+        known |= {f"{part}.{{{name}" for name in ("accuracy", "answers") if rest in make_golden.__doc__}
+        known |= {f"CHOICE.{rest}"} if part in ("chosen", "alone") else set()
         known |= {"hidden.{i}"} if part == "hidden" else {"gradient.NAME"} if part == "gradient" else set()
         known |= {"weight/NAME"} if key.startswith("weight/") else set()
         assert known & set(words), key
@@ -80,15 +81,9 @@ def test_script_describes_every_array(name):
 
 # ---- a wrong file, a wrong port ----------------------------------------------------------------------------
 
-PLACE = {"route.own": 7}    # where a value matters that the first of its array does not
-
-
-def spoil(name, key, folder):
+def spoil(name, key, folder, at=0):
     """A copy of a golden file with one value changed: an integer's last bit, a number by 1."""
     g = load_file(GOLDEN[name])
-    at = PLACE.get(key, 0)
-    if key.endswith(("wte.weight", "embed_tokens.weight")) and key.startswith("weight/"):
-        at = int(g["tokens"][0]) * g[key].shape[1]
     flat = g[key].reshape(-1)
     flat[at] = flat[at] ^ 1 if flat.dtype.kind in "iu" else flat[at] + 1
     save_file(g, folder / GOLDEN[name].name, metadata(GOLDEN[name]))
@@ -100,9 +95,17 @@ def wrong(port, path):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_every_array_counts(name, tmp_path):
-    for key in load_file(GOLDEN[name]):
-        spoil(name, key, tmp_path)
-        assert wrong(port_numpy, tmp_path / GOLDEN[name].name), key
+    def counts(key, at):
+        spoil(name, key, tmp_path, at)
+        return wrong(port_numpy, tmp_path / GOLDEN[name].name)
+    for key, x in (g := load_file(GOLDEN[name])).items():
+        first = 6 if key.endswith(".states") else 0     # that feature tells the labels apart
+        if key.endswith(("wte.weight", "embed_tokens.weight")) and key.startswith("weight/"):
+            first = int(g["tokens"][0]) * x.shape[1]
+        if (name, key) == ("select_off", "learn.group"):
+            continue                                    # all at once they count: "items for groups" below
+        step = 12 if key.endswith(".states") else 1     # not every value decides something: one of these
+        assert any(counts(key, at) for at in range(first, x.size, step)), key
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -136,7 +139,7 @@ TRAPS = {   # what goes wrong: (a file that shows it, text of port_numpy.py, its
                             ".reshape(T, H, 3, -1).transpose(2, 0, 1, 3)"),
     "mean kept in LayerNorm": ("gpt2", "x - x.mean(-1, keepdims=True)", "x"),
     "positions forgotten": ("gpt2", ' + w["transformer.wpe.weight"][:T]', ""),
-    "scores by head_dim": ("gemma3_text", '"query_pre_attn_scalar" if gemma else ', ""),
+    "scores by head_dim": ("gemma3_text", 'config["query_pre_attn_scalar"] if gemma else D', "D"),
     "1 + weight forgotten": ("gemma3_text", "(1 if gemma else 0)", "0"),
     "embedding not scaled": ("gemma3_text", '(config["hidden_size"] ** 0.5 if gemma else 1)', "1"),
     "q and k not normed": ("gemma3_text", "        if gemma:  ", "        if False:  "),
@@ -166,6 +169,21 @@ TRAPS = {   # what goes wrong: (a file that shows it, text of port_numpy.py, its
     "ties lost in AUROC": ("method", " + 0.5 * (pairs == 0)", ""),
     "bins of equal width": ("method", 'np.array_split(np.argsort(p, kind="stable"), 10)',
                             "[np.flatnonzero(np.minimum(p * 10 // 1, 9) == i) for i in range(10)]"),
+    "ties to the last rule": ("select_off", "accuracy.index(max(accuracy))",
+                              "2 - accuracy[::-1].index(max(accuracy))"),
+    "P(IK) against the accuracy of labels": ("select_off", '.mean(), 1 - 1e-6)', '.mean() * 0, 1)'),
+    "supervisor's probability not calibrated": ("select_off",
+                                                "np.abs(log_odds(weak)) - mean", "np.abs(log_odds(weak))"),
+    "every better smoothing taken": ("select_off", "net.sum() > z * np.abs(net).sum() ** 0.5 and ", ""),
+    "items for groups": ("select_off", "np.bincount(group, now - before)", "now - before"),
+    "one candidate's test": ("select_off", "0.05 / (layers * len(alphas) * len(ks))", "0.05"),
+    "alpha before k": ("select_on", "for layer, k, alpha in itertools.product(range(layers), ks, alphas)",
+                       "for layer, alpha, k in itertools.product(range(layers), alphas, ks)"),
+    "k beyond the smallest view": ("select_on", "max(6, min(len(view[1]) for view in views))", "99"),
+    "own labels no priors": ("select_on", "np.where(is_own, own, prior)", "prior"),
+    "routed items scored": ("select_off", "~np.isnan(truth) & ~is_own", "~np.isnan(truth)"),
+    "D_u labelled by who saw the fold": ("select_off", 'enumerate(transfer["by_fold"])',
+                                         'enumerate([transfer["weak"]] * 3)'),
 }
 
 

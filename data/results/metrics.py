@@ -68,7 +68,8 @@ def brier(p: Tensor, y: Tensor) -> float:
 
 
 def reliability(p: Tensor, y: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean p, mean y, count) of equal-count bins in increasing p: the reliability diagram."""
+    """(mean p, mean y, count) of equal-count bins in increasing p: the reliability diagram. Equal p stay in
+    their order; the first len(p) mod bins bins hold one more."""
     order = p.argsort(stable=True)
     parts = order.tensor_split(bins)
     return [(float(p[b].double().mean()), float(y[b].double().mean()), len(b)) for b in parts if len(b)]

@@ -79,7 +79,21 @@ def method(port, g, _):
     yield from ((key, x, g[key]) for key, x in out.items())
 
 
-FILES = {"gpt2": family, "llama": family, "gemma3_text": family, "graph": graph, "method": method}
+def select(port, g, _):
+    parts = ({key.removeprefix(of): x for key, x in g.items() if key.startswith(of)}
+             for of in ("learn.", "transfer."))
+    out = port.select(*parts)
+    for choice in ("chosen", "alone"):
+        for key, x in zip(("layer", "alpha", "k", "before", "after"), out[choice]):
+            yield f"{choice}.{key}", x, g[f"{choice}.{key}"]
+    for rule, tau in zip(("answers", "labels", "item"), out["tau"]):
+        yield f"tau.{rule}", tau, g[f"tau.{rule}"]
+    for key in ("rule", "is_self", "routed", "refined", "smoothed_weak"):
+        yield f"select.{key}", out[key], g[f"select.{key}"]
+
+
+FILES = {"gpt2": family, "llama": family, "gemma3_text": family, "graph": graph, "method": method,
+         "select_on": select, "select_off": select}
 
 
 def difference(got, want):
