@@ -234,7 +234,11 @@ def parse(argv: list[str] | None = None) -> Config:
 
 if __name__ == "__main__":   # a script ends here; what follows is the module
     parse()             # --help and a wrong flag are answered before torch, seconds away, is imported
-    import selw2s       # this file once more, under the name by which data.results.analyses knows it
+    try:
+        import selw2s   # this file once more, under the name by which data.results.analyses knows it
+    except KeyboardInterrupt:
+        print("\nselw2s: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(selw2s.main())
 
 import math

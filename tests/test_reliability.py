@@ -189,6 +189,13 @@ def test_interrupt_signal(tiny, tmp_path, unbroken):
     same(outcome(tmp_path), unbroken)
 
 
+def test_interrupt_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run([sys.executable, "selw2s.py"], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 130 and done.stderr.split("\n") == ["", "selw2s: interrupted", ""]
+
+
 @pytest.mark.slow
 def test_full_disk_loses_no_finished_stage(tiny, tmp_path, unbroken):
     """A file-size limit that the hidden states do not fit under stands in for the full disk."""
