@@ -68,8 +68,8 @@ REAL = {            # the same for the real pair; a run that was not made is "no
                          *BFLOAT16), ("result.json", "items.npz", *FIGURES)),
     "cross-task-pair": (("--task", "pair/cosmosqa-valid.jsonl", *PAIR, "--limit", "1000", "--methods", "weak",
                          *ANSWER, "--analysis", "cross-task", *BFLOAT16), ("result.json", "analysis.svg")),
-    "difficulty-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "naive", *ANSWER,
-                         "--seeds", "0", "1", "2", "--analysis", "difficulty"),
+    "difficulty-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "weak", *ANSWER,
+                         "--seeds", "0", "1", "2", "--analysis", "difficulty", *BFLOAT16),
                         ("result.json", "analysis.svg")),
     "folds-2-pair": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "naive", *ANSWER, "--folds",
                       "2", *BFLOAT16), ("result.json", "items.npz")),
@@ -304,10 +304,12 @@ def difficulty_table(name: str) -> str:
     result = kept(name)
     if result is None:
         return "not measured"
-    head = ["P(IK) trained on", "AUROC on easy items of D_u", "on hard ones", "selective student"]
+    trained = "accuracy" in result["analysis"]["trained on all"][0]         # not under --methods weak
+    last = ("accuracy", "selective student") if trained else ("label_accuracy", "selective's labels right")
+    head = ["P(IK) trained on", "AUROC on easy items of D_u", "on hard ones", last[1]]
     lines = [row_of(head), "|---" * 4 + "|"]
     for title, rows in result["analysis"].items():
-        cells = means(rows, "auroc_on_easy", "auroc_on_hard", "accuracy")
+        cells = means(rows, "auroc_on_easy", "auroc_on_hard", last[0])
         lines.append(row_of([title.removeprefix("trained on ") + " items of D_l", *cells]))
     return "\n".join(lines)
 
@@ -410,13 +412,14 @@ def routing_table(_: str) -> str:
 def finetune_table(_: str) -> str:
     """Learning rates and passes tried on D_l (tests/bench_finetune.py)."""
     rows = json.loads((RESULTS / "finetune.json").read_text("utf-8"))
-    lines = [row_of(["task, seed", "trained on", "labels right", "learning rate", "passes", "accuracy",
-                     "Brier"]), "|---" * 7 + "|"]
+    lines = [row_of(["task, seed", "tuned", "trained on", "labels right", "learning rate", "passes",
+                     "accuracy", "Brier"]), "|---" * 8 + "|"]
     for row in rows:
+        tuned = f"{row['tune']}, {'bfloat16' if 'bfloat16' in row['command'] else 'float32'}"
         asked = ("", "", "") if row["labels"] == "untouched" else (
             f"{row['labels right']:.3f}", f"{row['lr']:g}", str(row["epochs"]))
-        lines.append(row_of([f"{row['task']}, {row['seed']}", row["labels"], *asked, f"{row['accuracy']:.3f}",
-                             f"{row['brier']:.3f}"]))
+        scores = (f"{row[key]:.3f}" for key in ("accuracy", "brier"))
+        lines.append(row_of([f"{row['task']}, {row['seed']}", tuned, row["labels"], *asked, *scores]))
     commands = dict.fromkeys(row["command"] for row in rows)
     return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
 
