@@ -387,7 +387,7 @@ class Part(NamedTuple):
     weak: Tensor | None = None          # 2: (n,) weak P(y = 1); on D_l cross-fitted
     own: Tensor | None = None           # 3: (n,) self-generated label, 0/1
     zero_shot: Tensor | None = None     # (n,) P(y = 1) of the strong model untouched, its belief in the item
-    belief: Tensor | None = None        # (n, K) float64, of each option text (--own judge: no, yes)
+    belief: Tensor | None = None        # (n, K) float64, p of each option text (--own judge: no, yes)
     prompt_state: Tensor | None = None  # (n, R, C) its hidden states where the question ends, nothing shown
     item_state: Tensor | None = None    # (n, R, C) its hidden states where the item's text ends
     truth: Tensor | None = None         # 1: (n,) labels
