@@ -410,12 +410,13 @@ def routing_table(_: str) -> str:
 
 
 def finetune_table(_: str) -> str:
-    """Learning rates and passes tried on D_l (tests/bench_finetune.py): accuracy (Brier), a column per labels."""
+    """Learning rates and passes tried on D_l (tests/bench_finetune.py): accuracy (Brier), by labels."""
     rows = json.loads((RESULTS / "finetune.json").read_text("utf-8"))
-    groups = {}     # (task, seed, tuned): {labels: its rows}
+    groups = {}     # (task, seed, student): {labels: its rows}
     for row in rows:
-        tuned = f"{row['student']}, {row['tune']}, {'bfloat16' if 'bfloat16' in row['command'] else 'float32'}"
-        group = groups.setdefault((row["task"], row["seed"], tuned), {})
+        dtype = "bfloat16" if "bfloat16" in row["command"] else "float32"
+        student = f"{row['student']}, {row['tune']}, {dtype}"
+        group = groups.setdefault((row["task"], row["seed"], student), {})
         group.setdefault(row["labels"], []).append(row)
     names = list(dict.fromkeys(row["labels"] for row in rows if row["labels"] != "untouched"))
     lines = [row_of(["task, seed", "student", "learning rate, passes", "untouched", *names]),
@@ -423,12 +424,13 @@ def finetune_table(_: str) -> str:
 
     def scores(found):
         return f"{found[0]['accuracy']:.3f} ({found[0]['brier']:.3f})" if found else "not measured"
-    for (task, seed, tuned), group in groups.items():
-        untouched, head = scores(group.pop("untouched")), [f"{task}, {seed}", tuned]
+    for (task, seed, student), group in groups.items():
+        untouched, head = scores(group.pop("untouched")), [f"{task}, {seed}", student]
         right = [f"{group[name][0]['labels right']:.3f}" if name in group else "" for name in names]
         lines.append(row_of([*head, "share of labels right", "", *right]))
         for tried in dict.fromkeys((row["lr"], row["epochs"]) for some in group.values() for row in some):
-            cells = [[row for row in group.get(name, []) if (row["lr"], row["epochs"]) == tried] for name in names]
+            cells = [[row for row in group.get(name, []) if (row["lr"], row["epochs"]) == tried]
+                     for name in names]
             lines.append(row_of([*head, f"{tried[0]:g}, {tried[1]}", untouched, *map(scores, cells)]))
     commands = dict.fromkeys(row["command"] for row in rows)
     return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
