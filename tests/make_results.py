@@ -60,6 +60,9 @@ REAL = {            # the same for the real pair; a run that was not made is "no
                      "--seeds", "0", "1", "2"), ("result.json", "items.npz", *FIGURES)),
     "sciq-answer-soft": (("--task", "sciq", *PAIR, "--limit", "3000", *STUDENTS, *SOFT),
                          ("result.json", "items.npz", *FIGURES)),
+    "sciq-answer-2-passes": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", "ceiling", "naive",
+                              "self-only", "selective", *ANSWER, "--epochs", "2", "--seeds", "0", "1", "2",
+                              *BFLOAT16), ("result.json", "items.npz", *FIGURES)),
     "sciq-supervisors": (("--task", "sciq", *PAIR, "--limit", "3000", "--methods", *RECIPES, *SOFT,
                           "--weak-seeds", "3"), ("result.json", "main.svg")),
     "boolq-answer": (("--task", "boolq", *PAIR, "--limit", "1000", *STUDENTS, *ANSWER),
@@ -477,8 +480,8 @@ SAID = {"weak": "weak", "zero-shot": "zero-shot: the strong model untouched",
 def headed(name: str) -> str:
     """A real run by its task and the flags that tell it from others."""
     config = kept(name)["config"]
-    soft = " --labels soft" if config["labels"] == "soft" else ""
-    return f"{name.split('-')[0]}, `--student {config['student']}{soft}`"
+    others = "".join(f" --{flag} {config[flag]}" for flag in ("labels", "epochs") if config[flag] != "auto")
+    return f"{name.split('-')[0]}, `--student {config['student']}{others}`"
 
 
 def on_test(name: str) -> list[dict]:
