@@ -504,12 +504,11 @@ def found(name: str) -> str:
     """What the intervals of one run of the real pair tell, as it came out."""
     result = kept(name)
     metrics, seeds, on = result["metrics"], len(result["seeds"]), smoothed(result)
-    ran = [m for m in SAID if m in metrics["methods"]]
-    told = [verdict(name, other) for other in ("naive", "self-only", "zero-shot") if other in ran]
+    told = [verdict(name, other) for other in ("naive", "self-only", "zero-shot")]
     how = f"smoothing was on in {on} of {seeds} seeds" if on else "smoothing was off, so it is route-only"
     if not on and not any(run["diagnostics"]["coverage"] for run in result["seeds"]):
         how = "no own label passed tau and smoothing was off, so it is naive"
-    said = [f"- {headed(name)}: selective is {', '.join(told[:-1])} and {told[-1]}; {how}."]
+    said = [f"- {headed(name)}: selective is {told[0]}, {told[1]} and {told[2]}; {how}."]
     if seeds > 1:
         p = metrics["methods"]["selective"]["minus_naive"]
         said.append(f"Over seeds alone, p = {p['sign_flip_p']:.2f} for the first (sign-flip test, with so "
@@ -520,7 +519,7 @@ def found(name: str) -> str:
     if abs(apart) > 3:
         said.append(f"The supervisor seems {'worse' if apart < 0 else 'better'} on D_l than it is on D_u, by "
                     f"{abs(apart):.1f} standard errors.")
-    rows = [metrics["methods"][m] for m in ran]
+    rows = [metrics["methods"][m] for m in SAID if m in metrics["methods"]]
     if all(row["ci95"][0] <= metrics["majority"] <= row["ci95"][1] for row in rows):
         said.append("No row is told apart from the majority class.")
     return " ".join([*said, f"[Result](data/results/{name}/result.json)."])

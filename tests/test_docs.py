@@ -3,6 +3,7 @@
 Run: pytest tests/test_docs.py (2 s; with CI=1 the demo too, 30 s).
 """
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -90,6 +91,22 @@ def test_differences_made_from_the_items_are_those_of_the_run(name):
         mean, ci = make_results.paired(name, "selective", other)
         run = make_results.kept(name)["metrics"]["methods"]["selective"][f"minus_{other}"]
         assert mean == pytest.approx(run["mean"], abs=1e-12) and ci == pytest.approx(run["ci95"], abs=1e-12)
+
+
+def test_learning_rates_stand_under_their_labels(tmp_path, monkeypatch):
+    def row(labels, accuracy, **more):
+        return {"labels": labels, "accuracy": accuracy, "brier": accuracy / 2, "task": "sciq", "seed": 0,
+                "student": "answer", "tune": "lora", "command": "tried --dtype bfloat16", **more}
+    rows = [row("untouched", 0.5), row("weak", 0.6, **{"labels right": 0.7}, lr=2e-5, epochs=1),
+            row("truth", 0.8, **{"labels right": 1.0}, lr=2e-5, epochs=2)]
+    (tmp_path / "finetune.json").write_text(json.dumps(rows), "utf-8")
+    monkeypatch.setattr(make_results, "RESULTS", tmp_path)
+    start = "| sciq, 0 | answer, lora, bfloat16 |"
+    assert make_results.finetune_table("").splitlines()[2:] == [
+        f"{start} share of labels right |  | 0.700 | 1.000 |",
+        f"{start} 2e-05, 1 | 0.500 (0.250) | 0.600 (0.300) | not measured |",
+        f"{start} 2e-05, 2 | 0.500 (0.250) | not measured | 0.800 (0.400) |",
+        "", "    tried --dtype bfloat16"]
 
 
 ALLOWED = {"selw2s": {"model", "graph", "data"}, "model": {"data"}, "graph": set(), "data": {"data"}}
